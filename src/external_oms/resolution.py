@@ -1,0 +1,159 @@
+"""An answer, a key and a type in; the SDK's resolution details, or its error, out. Pure."""
+
+from __future__ import annotations
+
+from typing import Literal, NoReturn
+
+from openfeature.exception import FlagNotFoundError, GeneralError, TypeMismatchError
+from openfeature.flag_evaluation import FlagMetadata, FlagResolutionDetails, Reason
+
+from external_oms.config import FLAG_KEY, format_instant
+from external_oms.errors import NothingToServe
+from external_oms.freshness import Freshness
+from external_oms.judgement import Answer, Source
+
+__all__ = [
+    "VARIANTS",
+    "SharedDetails",
+    "WhenExpired",
+    "details_of",
+    "expired_details",
+    "metadata_of",
+    "refuse_key",
+    "refuse_type",
+]
+
+WhenExpired = Literal["default", "on", "off", "last"]
+
+VARIANTS = {True: "on", False: "off"}
+"""The flag's variants by value."""
+
+
+class SharedDetails(FlagResolutionDetails[bool]):
+    """Resolution details that many evaluations share, and none can spoil for the others.
+
+    The SDK passes `flag_metadata` on to callers and hooks by reference; here every look at it gives a copy of its own.
+    The other fields cannot be assigned; `dataclasses.replace` makes changed details.
+    """
+
+    def __init__(
+        self,
+        value: bool,
+        error_code: None = None,
+        error_message: None = None,
+        reason: str | Reason | None = None,
+        variant: str | None = None,
+        flag_metadata: FlagMetadata | None = None,
+    ) -> None:
+        self.__dict__.update(
+            value=value,
+            error_code=error_code,
+            error_message=error_message,
+            reason=reason,
+            variant=variant,
+            _metadata=dict(flag_metadata or {}),
+        )
+
+    @property
+    def flag_metadata(self) -> FlagMetadata:  # type: ignore[override]  # a copy, where the SDK has an attribute to set
+        """What is known of the answer, in a dictionary of the caller's own."""
+        return self._metadata.copy()
+
+    _metadata: dict[str, bool | int | float | str]
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"these details are shared by many evaluations; use dataclasses.replace to change {name}")
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, FlagResolutionDetails):
+            return NotImplemented
+        return _fields(self) == _fields(other)
+
+    __hash__ = None  # type: ignore[assignment]  # as the SDK's own dataclass, which compares by value
+
+
+def _fields(details: FlagResolutionDetails[bool]) -> tuple[object, ...]:
+    return (
+        details.value,
+        details.error_code,
+        details.error_message,
+        details.reason,
+        details.variant,
+        dict(details.flag_metadata),
+    )
+
+
+def metadata_of(answer: Answer) -> dict[str, bool | int | float | str]:
+    """The flag metadata of an answer.
+
+    `generation` is that of the value: lower than the tenant's where an invalidation has come after its read.
+    """
+    snapshot = answer.record.snapshot
+    metadata: dict[str, bool | int | float | str] = {
+        "tenant": answer.tenant,
+        "generation": answer.record.generation if snapshot is None else snapshot.generation,
+        "source": str(answer.source),
+        "stale": answer.freshness is not Freshness.FRESH,
+    }
+    if snapshot is not None:
+        metadata["fetched_at"] = format_instant(snapshot.fetched_at)
+        if snapshot.updated_at is not None:
+            metadata["updated_at"] = format_instant(snapshot.updated_at)
+    return metadata
+
+
+def details_of(answer: Answer) -> SharedDetails | None:
+    """The details of an answer that may be served; None of one that may not."""
+    snapshot = answer.servable
+    if snapshot is None:
+        return None
+    if answer.freshness is Freshness.STALE:
+        reason = Reason.STALE
+    else:
+        reason = Reason.STATIC if answer.source is Source.API else Reason.CACHED
+    return SharedDetails(
+        snapshot.enabled, reason=reason, variant=VARIANTS[snapshot.enabled], flag_metadata=metadata_of(answer)
+    )
+
+
+def expired_details(answer: Answer, when_expired: WhenExpired, failure: NothingToServe) -> SharedDetails:
+    """What the setting `when_expired` makes of an answer that may not be served.
+
+    `on` and `off` give that value with the reason DEFAULT; `last` gives the last value, however old, with the reason
+    STALE. The metadata names the setting, so that the answer says who decided.
+
+    Raises:
+        GeneralError: The setting is `default`, or `last` and no value was ever read: the SDK serves the caller's.
+    """
+    snapshot = answer.record.snapshot
+    metadata = metadata_of(answer) | {"when_expired": when_expired}
+    if when_expired in {"on", "off"}:
+        value = when_expired == "on"
+        return SharedDetails(value, reason=Reason.DEFAULT, variant=when_expired, flag_metadata=metadata)
+    if when_expired == "last" and snapshot is not None:
+        enabled = snapshot.enabled
+        return SharedDetails(enabled, reason=Reason.STALE, variant=VARIANTS[enabled], flag_metadata=metadata)
+    raise GeneralError(str(failure)) from failure
+
+
+def refuse_key(flag_key: str) -> None:
+    """Let only the one key through.
+
+    Raises:
+        FlagNotFoundError: It is another.
+    """
+    if flag_key != FLAG_KEY:
+        raise FlagNotFoundError(f"this provider resolves {FLAG_KEY!r} only, not {flag_key[:80]!r}")
+
+
+def refuse_type(flag_key: str, asked: str) -> NoReturn:
+    """Refuse a read of another type than boolean.
+
+    An integer is refused here because the SDK would let True pass for one: `bool` is a subclass of `int`.
+
+    Raises:
+        FlagNotFoundError: The key is another.
+        TypeMismatchError: The key is ours.
+    """
+    refuse_key(flag_key)
+    raise TypeMismatchError(f"{FLAG_KEY} is a boolean; it was asked for as {asked}")

@@ -1,0 +1,400 @@
+"""One table of settings: name, default, unit, reason; contradictions are refused here and nowhere else."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import os
+import re
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError, field_validator
+from pydantic_settings import (
+    BaseSettings,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
+
+from external_oms.errors import SettingsError
+from external_oms.freshness import Windows
+
+__all__ = ["ENV_PREFIX", "Settings", "TenantSettings", "is_loopback", "is_tenant_name", "listed"]
+
+ENV_PREFIX = "EXTERNAL_OMS_"
+CONFIG_FILE_VARIABLE = f"{ENV_PREFIX}CONFIG_FILE"
+
+DEFAULT_BASE_URL = "https://{tenant}.p.newstore.net"
+DEFAULT_TOKEN_URL = "https://id.p.newstore.net/auth/realms/{tenant}/protocol/openid-connect/token"  # noqa: S105 - an address, not a secret
+DEFAULT_CONFIG_PATH = "/v0/config/external_oms"
+
+_TENANT = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
+_STORE_SCHEMES = ("memory", "sqlite", "redis", "rediss", "redis+sentinel", "redis+cluster", "rediss+cluster", "unix")
+
+
+def is_loopback(host: str | None) -> bool:
+    """Whether a host name or address never leaves this machine."""
+    if host is None:
+        return False
+    if host == "localhost" or host.endswith(".localhost"):
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def is_tenant_name(name: str) -> bool:
+    """Whether a tenant can have this name: `[a-z0-9-]`, 1 to 63 characters."""
+    return _TENANT.fullmatch(name) is not None
+
+
+def listed(given: object) -> object:
+    """A list out of the environment: JSON, or separated by commas; anything but a text as it is.
+
+    Raises:
+        ValueError: It begins as JSON does and is none.
+    """
+    if not isinstance(given, str):
+        return given
+    text = given.strip()
+    if text.startswith("["):
+        return _json(text, "must be JSON or separated by commas")
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _mapped(given: object) -> object:
+    """A mapping out of the environment: JSON."""
+    return _json(given, "must be JSON") if isinstance(given, str) else given
+
+
+def _json(text: str, otherwise: str) -> object:
+    try:
+        return json.loads(text)
+    except ValueError:
+        raise ValueError(otherwise) from None  # json's own error holds the text, which may hold secrets
+
+
+Listed = BeforeValidator(listed)
+Secrets = Annotated[tuple[SecretStr, ...], NoDecode, Listed]
+Texts = Annotated[tuple[str, ...], NoDecode, Listed]
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+SecondsOrNone = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class TenantSettings(BaseModel):
+    """How one tenant's config API is reached, and with which credentials.
+
+    Attributes:
+        base_url: Scheme and host, and a path prefix if there is one; `{tenant}` stands for the tenant's name.
+            https, or http on loopback. Default: the platform's host per tenant.
+        config_path: Path of the resource. Not published; the default follows the published siblings of its family.
+        write_method: `POST`, `PUT` or `PATCH`. Not published either; the siblings are written with POST.
+        access_token: A static access token; or else
+        client_id: and
+        client_secret: for OAuth 2.0 client credentials, obtained at
+        token_url: (default: the platform's realm of the tenant), with
+        scope: the scopes to ask for, separated by spaces; empty asks for the client's own.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    base_url: str = DEFAULT_BASE_URL
+    config_path: str = DEFAULT_CONFIG_PATH
+    write_method: Literal["POST", "PUT", "PATCH"] = "POST"
+    access_token: SecretStr | None = None
+    client_id: str | None = None
+    client_secret: SecretStr | None = None
+    token_url: str = DEFAULT_TOKEN_URL
+    scope: str = ""
+
+    @field_validator("base_url", "token_url")
+    @classmethod
+    def _safe_url(cls, given: str) -> str:
+        parts = urlsplit(given.replace("{tenant}", "tenant"))
+        if not parts.hostname or parts.query or parts.fragment or parts.username or parts.password:
+            raise ValueError("must be an absolute URL without query, fragment or credentials")
+        if parts.scheme != "https" and not (parts.scheme == "http" and is_loopback(parts.hostname)):
+            raise ValueError("must be https (http is allowed on loopback only)")
+        return given.rstrip("/")
+
+    @field_validator("config_path")
+    @classmethod
+    def _safe_path(cls, given: str) -> str:
+        if not given.startswith("/") or given.startswith("//") or "?" in given or "#" in given or ".." in given:
+            raise ValueError("must be an absolute path, such as /v0/config/external_oms")
+        return given
+
+    def config_url(self, tenant: str) -> str:
+        """The address of the tenant's configuration."""
+        return self.base_url.replace("{tenant}", tenant) + self.config_path
+
+    def token_endpoint(self, tenant: str) -> str:
+        """The address of the tenant's token endpoint."""
+        return self.token_url.replace("{tenant}", tenant)
+
+
+class _TomlFile(PydanticBaseSettingsSource):
+    """The TOML file that EXTERNAL_OMS_CONFIG_FILE names, as a source of settings."""
+
+    def get_field_value(self, field: object, field_name: str) -> tuple[Any, str, bool]:  # noqa: ARG002 - the base's form
+        """Unused: the file is read whole."""
+        return None, field_name, False
+
+    def __call__(self) -> dict[str, Any]:
+        named = os.environ.get(CONFIG_FILE_VARIABLE)
+        if not named:
+            return {}
+        try:
+            return tomllib.loads(Path(named).expanduser().read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            problem = error.strerror if isinstance(error, OSError) else "it is not UTF-8 TOML"
+            raise SettingsError("config_file", f"{named} cannot be read: {problem}") from error
+
+
+class Settings(BaseSettings):
+    """Everything that can be set: by keyword, else by environment (`EXTERNAL_OMS_<NAME>`), else by the TOML file.
+
+    Durations are float seconds. Lists in the environment are JSON or separated by commas; `tenants` is JSON.
+
+    Attributes:
+        tenant: The one tenant's name (`[a-z0-9-]`), or
+        tenants: several: name to `TenantSettings`. What an entry leaves out it takes from the fields of the same name
+            here, credentials excepted: no two tenants ever share one.
+        ttl_seconds: How long a value is fresh. 30: the bound on staleness when nothing ever calls the webhook.
+        stale_while_revalidate_seconds: How long after that an old value may be served while a read runs. 30: one more lifetime.
+        stale_if_error_seconds: How long after that it may be served while reads fail. 3600: an outage of an hour routes on.
+        when_expired: What is served after that: the caller's `default` (as an error), `on`, `off`, or the `last` value.
+        timeout_seconds: The whole of one read, redirects of attention and token included. 5.
+        retry_after_max_seconds: The most that a Retry-After is believed. 300: a wrong date must not silence a tenant.
+        refresh: `background`: a thread reads before values grow stale; `lazy`: evaluations cause the reads.
+        max_concurrent_reads: Reads at once in one process, over all tenants. 16: a few hanging tenants leave room.
+        store: How far an invalidation reaches: `memory://`, `sqlite:////path/state.db`, `redis://…`.
+        store_prefix: Prefix of every key in Redis.
+        store_bound_seconds: In a fleet, the longest that a lost invalidation stays unseen. 5.
+        history_rows: How many rows of history are kept per store. 10000.
+        history_seconds: And for how long. 30 days.
+        webhook_secrets: Standard Webhooks secrets (`whsec_…`); several while rotating.
+        webhook_api_keys: Keys that a sender of deliveries may show as a bearer instead.
+        webhook_tolerance_seconds: How far a delivery's timestamp may be off. 300, as Standard Webhooks asks.
+        webhook_max_bytes: The largest delivery. 65536; the specification asks senders to stay under 20 kB.
+        webhook_per_minute: How many deliveries of one tenant, and how many refused ones of one address, are taken a minute.
+            6000: a storm raises the generation each time and costs few reads, so this only bounds a flood.
+        writes_per_minute: How often one name may switch, and how often have the API read, a minute. 60: as often as the API likes.
+        logins_per_minute: How often one address may try to log in, a minute. 10: no person mistypes faster.
+        evaluations_per_minute: How often one key may evaluate over HTTP, a minute and process. 60000: no shop's orders come
+            close, and one key cannot keep the others out.
+        api_keys: `name:role:sha256-hex` entries of who may see (viewer), refresh (operator) and switch (admin).
+        dashboard: Whether the page is served.
+        metrics_open: Whether `/metrics` is served without a key.
+        ofrep_origins: Browser origins that may call OFREP. None: no cross-origin access.
+        max_streams: Server-sent event streams at once in one process. 1000.
+        trusted_proxies: Addresses or networks whose identity header is believed. None.
+        identity_header: The header in which a trusted proxy names the person.
+        identity_role: The role of a person so named.
+        session_secret: Signs session cookies; made up at start where it is not set, and then only one process knows it.
+        session_seconds: How long a login lasts. 8 hours: a shift.
+        insecure: Start without credentials; on loopback only.
+    """
+
+    model_config = SettingsConfigDict(
+        env_prefix=ENV_PREFIX,
+        env_ignore_empty=True,
+        extra="forbid",
+        frozen=True,
+        nested_model_default_partial_update=False,
+        hide_input_in_errors=True,
+    )
+
+    tenant: str | None = None
+    tenants: Annotated[dict[str, TenantSettings], NoDecode, BeforeValidator(_mapped)] = Field(default_factory=dict)
+    base_url: str = DEFAULT_BASE_URL
+    config_path: str = DEFAULT_CONFIG_PATH
+    write_method: Literal["POST", "PUT", "PATCH"] = "POST"
+    access_token: SecretStr | None = None
+    client_id: str | None = None
+    client_secret: SecretStr | None = None
+    token_url: str = DEFAULT_TOKEN_URL
+    scope: str = ""
+
+    ttl_seconds: Seconds = 30.0
+    stale_while_revalidate_seconds: SecondsOrNone = 30.0
+    stale_if_error_seconds: SecondsOrNone = 3600.0
+    when_expired: Literal["default", "on", "off", "last"] = "default"
+    timeout_seconds: Seconds = 5.0
+    retry_after_max_seconds: Seconds = 300.0
+    refresh: Literal["background", "lazy"] = "background"
+    max_concurrent_reads: Annotated[int, Field(ge=1, le=256)] = 16
+
+    store: str = "memory://"
+    store_prefix: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:-]{1,64}$")] = "external_oms"
+    store_bound_seconds: Seconds = 5.0
+    history_rows: Annotated[int, Field(ge=1)] = 10_000
+    history_seconds: Seconds = 30 * 86_400.0
+
+    webhook_secrets: Secrets = ()
+    webhook_api_keys: Secrets = ()
+    webhook_tolerance_seconds: Seconds = 300.0
+    webhook_max_bytes: Annotated[int, Field(ge=1, le=16 * 1024 * 1024)] = 65_536
+
+    webhook_per_minute: Annotated[int, Field(ge=1)] = 6000
+    writes_per_minute: Annotated[int, Field(ge=1)] = 60
+    logins_per_minute: Annotated[int, Field(ge=1)] = 10
+    evaluations_per_minute: Annotated[int, Field(ge=1)] = 60_000
+    api_keys: Texts = ()
+    dashboard: bool = True
+    metrics_open: bool = False
+    ofrep_origins: Texts = ()
+    max_streams: Annotated[int, Field(ge=0)] = 1000
+    trusted_proxies: Texts = ()
+    identity_header: str = "X-Forwarded-User"
+    identity_role: Literal["viewer", "operator", "admin"] = "viewer"
+    session_secret: SecretStr | None = None
+    session_seconds: Seconds = 8 * 3600.0
+    insecure: bool = False
+
+    def __init__(self, **given: Any) -> None:  # noqa: ANN401 - pydantic's own constructor takes anything and checks it
+        """Gather, check, refuse.
+
+        Raises:
+            SettingsError: A setting is unknown, malformed or contradicts another.
+        """
+        unknown = sorted(
+            name
+            for name in os.environ
+            if name.startswith(ENV_PREFIX)
+            and name != CONFIG_FILE_VARIABLE
+            and name.removeprefix(ENV_PREFIX).lower() not in type(self).model_fields
+        )
+        if unknown:
+            raise SettingsError(unknown[0], "no such setting; the table of settings is in docs/settings.md")
+        try:
+            super().__init__(**given)
+        except ValidationError as error:
+            raise _explained(error) from None  # pydantic's own text may quote the input, which may be a secret
+        self._refuse_contradictions()
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - the base's form; a .env file is the shell's business
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - the base's form
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Keyword, then environment, then file."""
+        return init_settings, env_settings, _TomlFile(settings_cls)
+
+    def _refuse_contradictions(self) -> None:
+        if self.ttl_seconds < self.timeout_seconds:
+            raise SettingsError(
+                "ttl_seconds",
+                f"{self.ttl_seconds:g} is below timeout_seconds ({self.timeout_seconds:g}): a value could grow stale during "
+                "its own read; raise the one or lower the other",
+            )
+        _check_store(self.store)
+        if self.tenant is None and not self.tenants:
+            raise SettingsError("tenant", "is not set; name the tenant, such as acme-staging, or several in tenants")
+        if self.tenant is not None and self.tenants:
+            raise SettingsError("tenant", "is set beside tenants; set one of them")
+        if self.tenants and (self.access_token or self.client_id or self.client_secret):
+            raise SettingsError("tenants", "credentials stand beside it; each tenant has its own, inside its entry")
+        for name, reached in self.by_tenant().items():
+            where = "tenant" if self.tenant is not None else f"tenants.{name}"
+            if not is_tenant_name(name):
+                raise SettingsError(
+                    where, f"{name[:80]!r} is not a tenant's name: [a-z0-9-], 1 to 63 characters, such as acme-staging"
+                )
+            _check_credentials("" if self.tenant is not None else f"tenants.{name}.", reached)
+
+    def by_tenant(self) -> dict[str, TenantSettings]:
+        """Every configured tenant with its own settings, what an entry leaves out taken from the top."""
+        shared = {
+            name: getattr(self, name)
+            for name in ("base_url", "config_path", "write_method", "token_url", "scope")
+            if name in self.model_fields_set
+        }
+        if self.tenant is None:
+            return {
+                name: entry.model_copy(update={k: v for k, v in shared.items() if k not in entry.model_fields_set})
+                for name, entry in self.tenants.items()
+            }
+        own = {"access_token": self.access_token, "client_id": self.client_id, "client_secret": self.client_secret}
+        return {self.tenant: TenantSettings(**shared, **own)}
+
+    @field_validator("base_url", "token_url")
+    @classmethod
+    def _safe_url(cls, given: str) -> str:
+        return TenantSettings._safe_url(given)  # noqa: SLF001 - one rule, two tables of one module
+
+    @field_validator("config_path")
+    @classmethod
+    def _safe_path(cls, given: str) -> str:
+        return TenantSettings._safe_path(given)  # noqa: SLF001 - one rule, two tables of one module
+
+    @property
+    def windows(self) -> Windows:
+        """The three windows, as the freshness rules take them."""
+        return Windows(self.ttl_seconds, self.stale_while_revalidate_seconds, self.stale_if_error_seconds)
+
+    def replaced(self, **changes: object) -> Self:
+        """The same settings with some of them changed, checked anew.
+
+        Raises:
+            SettingsError: The changed settings contradict each other.
+        """
+        return type(self)(**{name: getattr(self, name) for name in self.model_fields_set} | changes)
+
+
+def _check_store(store: str) -> None:
+    scheme, separator, rest = store.partition("://")
+    allowed = "memory://, sqlite:////absolute/path.db, redis://host:6379/0, rediss://…"
+    if not separator or scheme not in _STORE_SCHEMES:
+        raise SettingsError("store", f"the scheme is not one of those allowed: {allowed}")
+    if scheme == "sqlite" and not (rest.startswith("//") and rest.strip("/")):
+        raise SettingsError(
+            "store", "a sqlite store is named by an absolute path: sqlite:////var/lib/external-oms/state.db"
+        )
+    if scheme == "memory" and rest:
+        raise SettingsError("store", "the memory store takes no path: memory://")
+
+
+def _check_credentials(prefix: str, reached: TenantSettings) -> None:
+    client = (reached.client_id, reached.client_secret)
+    if reached.access_token is not None and any(part is not None for part in client):
+        raise SettingsError(
+            f"{prefix}access_token", "is set beside client_id or client_secret; set the token or the client, not both"
+        )
+    if reached.access_token is not None:
+        _check_header_text(f"{prefix}access_token", reached.access_token)
+        return
+    if all(part is None for part in client):
+        raise SettingsError(f"{prefix}access_token", "no credentials: set access_token, or client_id and client_secret")
+    if any(part is None for part in client):
+        missing = "client_id" if reached.client_id is None else "client_secret"
+        raise SettingsError(f"{prefix}{missing}", "is not set beside its other half; client credentials are a pair")
+
+
+def _check_header_text(setting: str, secret: SecretStr) -> None:
+    text = secret.get_secret_value()
+    if not text or not text.isascii() or any(c.isspace() or not c.isprintable() for c in text):
+        raise SettingsError(setting, "must be printable ASCII without spaces; is there a newline at its end?")
+
+
+def _explained(error: ValidationError) -> SettingsError:
+    """Pydantic's first complaint in our form: the name, what was given (never a secret), what is allowed."""
+    first = error.errors(include_input=True, include_url=False)[0]
+    place = [str(part) for part in first["loc"]]
+    setting = ".".join(part for part in place if not part.startswith("function-")) or "settings"
+    if first["type"] == "extra_forbidden":
+        return SettingsError(setting, "no such setting; the table of settings is in docs/settings.md")
+    given = first.get("input")
+    shown = ""
+    secret = any(word in setting for word in ("secret", "token", "key", "store")) or setting == "tenants"
+    if not secret and isinstance(given, str | int | float | bool) and "@" not in str(given):  # a URL with a password
+        shown = f"{str(given)[:80]!r} given; "
+    return SettingsError(setting, shown + str(first["msg"]).removeprefix("Value error, "))

@@ -1,0 +1,1 @@
+"""Where generations, values, leases and history live; the store decides how far an invalidation reaches."""

@@ -1,0 +1,75 @@
+"""A request's body is read once, under a cap, and is a JSON object or a problem."""
+
+from __future__ import annotations
+
+import json
+from typing import NoReturn
+
+from flask import Request
+from werkzeug.exceptions import RequestEntityTooLarge
+
+from external_oms.web.problems import Problem
+from external_oms.web.shapes import JSON
+
+__all__ = ["demand_json_type", "json_object", "raw_body"]
+
+
+def raw_body(asked: Request, *, max_bytes: int) -> bytes:
+    """The body's bytes, whether their number was announced or they come in chunks.
+
+    Args:
+        asked: The request.
+        max_bytes: The most that is read.
+
+    Raises:
+        Problem: 413: there are more.
+    """
+    too_large = Problem(413, f"the body is larger than {max_bytes} bytes")
+    asked.max_content_length = (
+        max_bytes + 1
+    )  # of a body in chunks, werkzeug reads so much and drops the rest in silence
+    try:
+        body = asked.get_data(cache=True, parse_form_data=False)
+    except RequestEntityTooLarge as error:
+        raise too_large from error
+    if len(body) > max_bytes:
+        raise too_large
+    return body
+
+
+def demand_json_type(asked: Request) -> None:
+    """See that the body is announced as JSON.
+
+    Raises:
+        Problem: 415.
+    """
+    announced = asked.mimetype
+    if announced != "application/json" and not (announced.startswith("application/") and announced.endswith("+json")):
+        raise Problem(415, "send the body as application/json", headers={"Accept": "application/json"})
+
+
+def json_object(body: bytes) -> dict[str, JSON]:
+    """The JSON object that the bytes are.
+
+    Raises:
+        Problem: 400: not UTF-8, not JSON (NaN and the like included), not an object, or one with a name twice: two
+            readers of such an object may see two different things.
+    """
+    try:
+        parsed = json.loads(body.decode("utf-8"), object_pairs_hook=_named_once, parse_constant=_refused)
+    except (ValueError, RecursionError) as error:
+        raise Problem(400, "the body is not a JSON object in UTF-8 with each name once") from error
+    if not isinstance(parsed, dict):
+        raise Problem(400, "the body is JSON, but not an object")
+    return parsed
+
+
+def _named_once(pairs: list[tuple[str, JSON]]) -> dict[str, JSON]:
+    named = dict(pairs)
+    if len(named) != len(pairs):
+        raise ValueError("a name stands twice")
+    return named
+
+
+def _refused(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is not JSON")

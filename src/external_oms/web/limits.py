@@ -1,0 +1,118 @@
+"""How often is too often: counted per minute and asker, over the fleet where the store is Redis.
+
+Flask-Limiter's own engine (`limits`) is used without its Flask half, which would take the configuration and the routes
+of the application that we are mounted on for its own, and cannot count by who turned out to ask.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+import weakref
+from collections.abc import Callable
+
+from limits import RateLimitItemPerMinute
+from limits.errors import ConfigurationError, StorageError
+from limits.storage import MemoryStorage, StorageTypes, storage_from_string
+from limits.strategies import FixedWindowRateLimiter
+
+from external_oms.settings import Settings
+from external_oms.web.problems import Problem, whole_seconds
+
+__all__ = ["Limits"]
+
+REDIS_SECONDS = 0.5
+"""How long Redis may take to count: a request is never held longer for the sake of a limit."""
+
+REST_SECONDS = 10.0
+"""How long this process counts by itself after Redis failed to."""
+
+_logger = logging.getLogger(__name__)
+
+
+class Limits:
+    """Counters of one app.
+
+    Args:
+        settings: Where to count, and under which prefix.
+        wall: Seconds since the Unix epoch, by the clock that the counters use.
+    """
+
+    def __init__(self, settings: Settings, *, wall: Callable[[], float] = time.time) -> None:
+        self._store = settings.store
+        self._prefix = settings.store_prefix
+        self._wall = wall
+        self._lock = threading.Lock()
+        self._counters: tuple[FixedWindowRateLimiter, ...] = ()
+        self._rests_until = 0.0
+        _alive.add(self)
+
+    def take(self, what: str, who: str, *, per_minute: int, alone: bool = False) -> None:
+        """Count one more of something that somebody does.
+
+        Args:
+            what: What they do.
+            who: Who they are: a key's name, an address.
+            per_minute: How often they may, >= 1.
+            alone: Whether each process counts for itself: what must not wait for the network.
+
+        Raises:
+            Problem: 429 with Retry-After: too often.
+        """
+        item = RateLimitItemPerMinute(per_minute)
+        shared, own = self._ready()
+        if not alone and self._wall() >= self._rests_until:
+            try:
+                self._hit(shared, item, what, who)
+            except StorageError:
+                self._rests_until = self._wall() + REST_SECONDS
+                _logger.warning("rate limits are counted per process: the shared counter does not answer")
+            else:
+                return
+        self._hit(own, item, what, who)
+
+    def _hit(self, counter: FixedWindowRateLimiter, item: RateLimitItemPerMinute, what: str, who: str) -> None:
+        if not counter.hit(item, what, who):
+            wait = counter.get_window_stats(item, what, who).reset_time - self._wall()
+            detail = f"more than {item.amount} a minute; wait {whole_seconds(wait)} s"
+            raise Problem(429, detail, headers={"Retry-After": whole_seconds(wait)})
+
+    def _ready(self) -> tuple[FixedWindowRateLimiter, FixedWindowRateLimiter]:
+        """The shared counter and our own, made on first use: a parent that only forks starts no thread for them."""
+        with self._lock:
+            if not self._counters:
+                alone = FixedWindowRateLimiter(MemoryStorage())
+                shared = self._shared()
+                self._counters = (alone if shared is None else FixedWindowRateLimiter(shared), alone)
+            return self._counters[0], self._counters[1]
+
+    def _shared(self) -> StorageTypes | None:
+        scheme, _, rest = self._store.partition("://")
+        if scheme in {"memory", "sqlite"}:
+            return None
+        uri = f"redis+unix://{rest}" if scheme == "unix" else self._store
+        patience = {"socket_timeout": REDIS_SECONDS, "socket_connect_timeout": REDIS_SECONDS}
+        try:
+            return storage_from_string(uri, wrap_exceptions=True, key_prefix=f"{self._prefix}:limits", **patience)
+        except (ConfigurationError, ValueError, StorageError):
+            _logger.warning("rate limits are counted per process: this form of Redis URL cannot be used for them")
+            return None
+
+    def after_fork(self) -> None:
+        """In a forked child: count anew, with no lock, thread or connection of the parent."""
+        self._lock = threading.Lock()
+        self._counters = ()
+
+
+_alive: weakref.WeakSet[Limits] = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    for limits in tuple(_alive):
+        limits.after_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -1,0 +1,50 @@
+"""What is mounted on one app, in one value: a blueprint is made of it, and finds it there again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from flask import Flask
+
+from external_oms.assemble import Service
+from external_oms.provider import ExternalOMSProvider
+from external_oms.settings import Settings
+from external_oms.web.access import EXTENSION, Access
+from external_oms.web.limits import Limits
+from external_oms.web.streams import Hub
+
+__all__ = ["Parts", "parts_of"]
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """The state of the extension on one app; `app.extensions["external_oms"]`.
+
+    Attributes:
+        provider: What resolves the flag.
+        settings: Its settings.
+        access: Who may do what.
+        limits: How often.
+        hub: The event streams.
+        url_prefix: Under which everything is mounted; empty, or with a slash in front and none at the end.
+        mounted: The names of the mounted parts.
+    """
+
+    provider: ExternalOMSProvider
+    settings: Settings
+    access: Access
+    limits: Limits
+    hub: Hub
+    url_prefix: str
+    mounted: frozenset[str]
+
+    @property
+    def service(self) -> Service:
+        """The parts that the provider is made of: cache, store, operations."""
+        return self.provider.service
+
+
+def parts_of(app: Flask) -> Parts | None:
+    """What is mounted on an app, or None."""
+    found = app.extensions.get(EXTENSION)
+    return found if isinstance(found, Parts) else None

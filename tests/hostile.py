@@ -1,0 +1,143 @@
+"""Servers that no framework would make: a socket, and a script of what to do with each connection."""
+
+from __future__ import annotations
+
+import datetime as dt
+import ipaddress
+import socket
+import ssl
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Self
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+
+__all__ = ["Hostile", "Line", "certificate"]
+
+
+class Line:
+    """One connection, as a script sees it."""
+
+    def __init__(self, connection: socket.socket, over: threading.Event) -> None:
+        self._connection = connection
+        self.over = over
+
+    def request(self) -> bytes:
+        """The head of the request, and as much of a body as came with it."""
+        received = b""
+        while b"\r\n\r\n" not in received:
+            more = self._connection.recv(65_536)
+            if not more:
+                break
+            received += more
+        return received
+
+    def send(self, *parts: bytes) -> None:
+        for part in parts:
+            self._connection.sendall(part)
+
+    def drip(self, content: bytes, every_seconds: float = 0.05) -> None:
+        """A byte now and then, for as long as the other side listens."""
+        for place in range(len(content)):
+            self.send(content[place : place + 1])
+            if self.over.wait(every_seconds):
+                return
+
+    def hold(self) -> None:
+        """Neither send nor close until the test is over."""
+        self.over.wait(30)
+
+
+class Hostile:
+    """A loopback server that runs a script per connection, each in a thread; all end with the context.
+
+    `connections` counts what was accepted, `requests` holds what scripts have put there.
+    """
+
+    def __init__(self, script: Callable[[Line], None], *, context: ssl.SSLContext | None = None) -> None:
+        self._script = script
+        self._context = context
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._over = threading.Event()
+        self._threads: list[threading.Thread] = []
+        self._connections: list[socket.socket] = []
+        self.connections = 0
+        self.requests: list[bytes] = []
+
+    @property
+    def url(self) -> str:
+        scheme = "http" if self._context is None else "https"
+        return f"{scheme}://127.0.0.1:{self._listener.getsockname()[1]}"
+
+    def __enter__(self) -> Self:
+        self._start(self._accept)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        with suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        for connection in self._connections:
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+            connection.close()
+        for thread in self._threads:
+            thread.join(10)
+            assert not thread.is_alive()
+
+    def _start(self, target: Callable[..., None], *args: object) -> None:
+        thread = threading.Thread(target=target, args=args, daemon=True, name="hostile")
+        self._threads.append(thread)
+        thread.start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:
+                return
+            self.connections += 1
+            kept = connection.dup()  # a wrapped socket detaches the one it wraps
+            self._connections.append(kept)
+            self._start(self._serve, connection, kept)
+
+    def _serve(self, connection: socket.socket, kept: socket.socket) -> None:
+        with suppress(OSError), kept, connection:
+            if self._context is None:
+                self._script(Line(connection, self._over))
+                return
+            with self._context.wrap_socket(connection, server_side=True) as wrapped:
+                self._script(Line(wrapped, self._over))
+
+
+def certificate(folder: Path) -> tuple[ssl.SSLContext, Path]:
+    """A server's context for 127.0.0.1, and the bundle that trusts it."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "127.0.0.1")])
+    now = dt.datetime.now(dt.UTC)
+    issued = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - dt.timedelta(hours=1))
+        .not_valid_after(now + dt.timedelta(hours=1))
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    bundle, private = folder / "bundle.pem", folder / "key.pem"
+    bundle.write_bytes(issued.public_bytes(serialization.Encoding.PEM))
+    private.write_bytes(
+        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    )
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(bundle, private)
+    return context, bundle

@@ -1,0 +1,115 @@
+"""A parent that evaluates, refreshes and is invalidated without rest, and forks at random instants; run by the fork tests.
+
+Arguments: how many forks, and a seed. Each child answers its first evaluation, sees the next invalidation, and has its
+event handlers run; the parent prints one JSON object about all of them. Settings: the environment.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import sys
+import threading
+import time
+import traceback
+
+from openfeature import api
+from openfeature.event import EventDetails, ProviderEvent
+
+from external_oms import FLAG_KEY, ExternalOMSProvider, ExternalOMSError
+
+CHILDREN_AT_ONCE = 6
+PATIENCE_SECONDS = 10.0
+
+
+def child(provider: ExternalOMSProvider, heard: threading.Event, out: int) -> None:
+    """What a child does; writes its first answer's time in seconds, or what went wrong."""
+    heard.clear()
+    client = api.get_client()
+    began = time.monotonic()
+    details = client.get_boolean_details(FLAG_KEY, default_value=False)
+    first_seconds = time.monotonic() - began
+    problem = None if details.error_code is None else f"first answer: {details.error_code} {details.error_message}"
+    generation = details.flag_metadata.get("generation", -1)
+    until = time.monotonic() + PATIENCE_SECONDS
+    while problem is None and provider.state().generation <= generation:
+        client.get_boolean_details(FLAG_KEY, default_value=False)
+        if time.monotonic() > until:
+            problem = f"no invalidation was seen after generation {generation}"
+        time.sleep(0.001)
+    if problem is None and not heard.wait(PATIENCE_SECONDS):
+        problem = "no event handler ran"
+    os.write(out, json.dumps([first_seconds, problem]).encode() + b"\n")
+
+
+def main(forks: int, seed: int) -> None:
+    """Fork so many times."""
+    dice = random.Random(seed)
+    heard, stop = threading.Event(), threading.Event()
+    provider = ExternalOMSProvider()
+
+    def hear(_details: EventDetails) -> None:
+        heard.set()
+
+    api.get_client().add_handler(ProviderEvent.PROVIDER_CONFIGURATION_CHANGED, hear)
+    api.set_provider_and_wait(provider)
+    client = api.get_client()
+
+    def evaluate() -> None:
+        while not stop.is_set():
+            client.get_boolean_value(FLAG_KEY, default_value=False)
+
+    def disturb() -> None:
+        value = False
+        while not stop.wait(0.02):
+            value = not value
+            try:
+                provider.set_enabled(value)  # writes, invalidates, reads back
+            except ExternalOMSError:
+                traceback.print_exc()
+
+    threads = [threading.Thread(target=target, daemon=True) for target in (evaluate, disturb)]
+    for thread in threads:
+        thread.start()
+    reading, writing = os.pipe()
+    living: set[int] = set()
+    codes: list[int] = []
+    for _ in range(forks):
+        time.sleep(dice.random() * 0.02)
+        pid = os.fork()
+        if pid == 0:
+            try:
+                child(provider, heard, writing)
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
+        living.add(pid)
+        while len(living) >= CHILDREN_AT_ONCE:
+            ended, status = os.wait()
+            living.discard(ended)
+            codes.append(status)
+    while living:
+        ended, status = os.wait()
+        living.discard(ended)
+        codes.append(status)
+    stop.set()
+    os.close(writing)
+    with os.fdopen(reading) as lines:
+        reports = [json.loads(line) for line in lines]
+    api.shutdown()
+    print(
+        json.dumps(
+            {
+                "children": len(codes),
+                "failed": sum(code != 0 for code in codes),
+                "problems": [problem for _, problem in reports if problem],
+                "first_seconds": sorted(seconds for seconds, _ in reports),
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]))

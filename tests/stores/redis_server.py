@@ -1,0 +1,209 @@
+"""A real redis-server and a TCP proxy in front of it, both in the hands of a test."""
+
+from __future__ import annotations
+
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+import redis
+
+__all__ = ["RedisProxy", "RedisServer", "free_port", "needs_redis", "until"]
+
+AGE = """
+local milliseconds = tonumber(ARGV[1])
+local function earlier(stamp) return string.format('%.0f', stamp - milliseconds * 1000) end
+for _, key in ipairs(redis.call('KEYS', '*')) do
+  local life = redis.call('PTTL', key)
+  if life <= milliseconds then
+    redis.call('DEL', key)
+  else
+    redis.call('PEXPIRE', key, life - milliseconds)
+    local kind = redis.call('TYPE', key).ok
+    if kind == 'hash' then
+      for _, field in ipairs({'invalidated_at', 'level_at'}) do
+        local stamp = redis.call('HGET', key, field)
+        if stamp and stamp ~= '' then redis.call('HSET', key, field, earlier(stamp)) end
+      end
+      for _, field in ipairs({'snapshot', 'failure'}) do
+        local text = redis.call('HGET', key, field)
+        for _, name in ipairs({'read_at', 'failed_at', 'not_before'}) do
+          text = text and string.gsub(text, '("' .. name .. '": )(%d+)', function(said, stamp)
+            return said .. earlier(stamp)
+          end)
+        end
+        if text then redis.call('HSET', key, field, text) end
+      end
+    elseif kind == 'zset' then
+      for _, member in ipairs(redis.call('ZRANGE', key, 0, -1)) do
+        redis.call('ZINCRBY', key, -milliseconds, member)
+      end
+    end
+  end
+end
+"""
+
+needs_redis = pytest.mark.skipif(shutil.which("redis-server") is None, reason="no redis-server on the PATH")
+
+
+def free_port() -> int:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return int(taken.getsockname()[1])
+
+
+def until(condition: object, seconds: float = 10.0) -> float:
+    """Wait until a condition holds, with a deadline; returns how long it took."""
+    assert callable(condition)
+    began = time.monotonic()
+    while not condition():
+        assert time.monotonic() - began < seconds, "it did not come true in time"
+        time.sleep(0.001)
+    return time.monotonic() - began
+
+
+class RedisServer:
+    """One server on a loopback port, without a file: what it forgets is gone.
+
+    Args:
+        directory: Where it may write.
+        options: Further options of its command line.
+    """
+
+    def __init__(self, directory: Path, *options: str) -> None:
+        self.port = free_port()
+        self.url = f"redis://127.0.0.1:{self.port}/0"
+        self._directory = directory
+        self._options = options
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        command = ["redis-server", "--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self._directory)]
+        command += ["--save", "", "--appendonly", "no", "--loglevel", "warning", *self._options]
+        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        with self.client() as client:
+            until(lambda: self._answers(client))
+
+    @staticmethod
+    def _answers(client: redis.Redis) -> bool:
+        try:
+            return bool(client.ping())
+        except redis.RedisError:
+            return False
+
+    @contextmanager
+    def client(self) -> Iterator[redis.Redis]:
+        """The test's own client."""
+        client = redis.Redis(port=self.port, decode_responses=True, socket_timeout=5, retry=None, protocol=2)
+        try:
+            yield client
+        finally:
+            client.close()
+
+    def age(self, seconds: float) -> None:
+        """Make everything that it holds older by so much: its clock cannot be set, what it wrote by it can."""
+        with self.client() as client:
+            client.eval(AGE, 0, int(seconds * 1000))
+
+    def freeze(self) -> None:
+        """It takes connections and bytes, as the kernel does it, and never answers."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        assert self._process is not None
+        self._process.send_signal(signal.SIGCONT)
+
+    def flush(self) -> None:
+        with self.client() as client:
+            client.flushall()
+
+    def stop(self) -> None:
+        """Kill it: there is no file, so it comes back empty."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+    def restart(self) -> None:
+        self.stop()
+        self.start()
+
+
+class RedisProxy:
+    """Passes bytes between clients and a server, until it is told to swallow them or to cut.
+
+    Args:
+        port: The server's port; can be set to another server's at any time.
+    """
+
+    def __init__(self, port: int) -> None:
+        self.target = port
+        self.swallows = False
+        self._pairs: list[tuple[socket.socket, socket.socket, threading.Event]] = []
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = int(self._listener.getsockname()[1])
+        self.url = f"redis://127.0.0.1:{self.port}/0"
+        self._closing = False
+        self._threads = [threading.Thread(target=self._accept, daemon=True)]
+        self._threads[0].start()
+
+    def _accept(self) -> None:
+        while not self._closing:
+            try:
+                near, _ = self._listener.accept()
+            except OSError:
+                return
+            try:
+                far = socket.create_connection(("127.0.0.1", self.target), timeout=1.0)
+            except OSError:
+                near.close()
+                continue
+            deaf = threading.Event()
+            self._pairs.append((near, far, deaf))
+            thread = threading.Thread(target=self._pump, args=(near, far, deaf), daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    def _pump(self, near: socket.socket, far: socket.socket, deaf: threading.Event) -> None:
+        other = {near: far, far: near}
+        with near, far, suppress(OSError, ValueError):
+            while not self._closing:
+                for ready in select.select([near, far], [], [], 0.1)[0]:
+                    received = ready.recv(65_536)
+                    if not received:
+                        return
+                    if not (self.swallows or deaf.is_set()):
+                        other[ready].sendall(received)
+
+    def deafen(self) -> int:
+        """Swallow everything on the connections there are now; new ones work. Returns how many there are."""
+        living = [deaf for near, _, deaf in self._pairs if near.fileno() >= 0]
+        for deaf in living:
+            deaf.set()
+        return len(living)
+
+    def cut(self) -> None:
+        """Close every connection."""
+        for near, far, _ in self._pairs:
+            for end in (near, far):
+                with suppress(OSError):
+                    end.shutdown(socket.SHUT_RDWR)
+        self._pairs = []
+
+    def close(self) -> None:
+        self._closing = True
+        with suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        self.cut()
+        for thread in self._threads:
+            thread.join(2.0)

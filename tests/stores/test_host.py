@@ -1,0 +1,82 @@
+"""What a host is to its processes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from external_oms.stores.host import boot_id, is_gone, network_file_system, own_mountinfo, this_process
+
+MOUNTS = r"""
+22 1 254:0 / / rw,relatime shared:1 - ext4 /dev/vda rw
+30 22 0:25 / /mnt/share rw,relatime shared:7 - nfs4 server:/export rw,vers=4.2
+31 30 254:1 / /mnt/share/local rw - xfs /dev/vdb rw
+32 22 0:26 / /mnt/with\040space rw - cifs //server/share rw
+33 22 0:27 / /mnt/hidden rw - fuse.sshfs me@server: rw
+34 33 0:28 / /mnt/hidden rw - tmpfs tmpfs rw
+a line of no form
+"""
+
+
+@pytest.mark.parametrize(
+    ("directory", "kind"),
+    [
+        ("/", None),
+        ("/var/lib/external-oms", None),
+        ("/mnt/share", "nfs4"),
+        ("/mnt/share/deep/below", "nfs4"),
+        ("/mnt/shared", None),
+        ("/mnt/share/local/state", None),
+        ("/mnt/with space/state", "cifs"),
+        ("/mnt/hidden/state", None),
+    ],
+)
+def test_a_network_file_system_is_recognised_by_the_mount_that_lies_on_top(directory: str, kind: str | None) -> None:
+    assert network_file_system(Path(directory), MOUNTS) == kind
+
+
+def test_the_hosts_own_mounts_can_be_read(tmp_path: Path) -> None:
+    assert " - " in own_mountinfo()
+    assert network_file_system(tmp_path, own_mountinfo()) is None
+
+
+def test_the_boot_is_the_same_to_all_processes() -> None:
+    script = "from external_oms.stores.host import boot_id; print(boot_id())"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=30, check=True)
+    assert done.stdout.strip() == boot_id() != ""
+
+
+def test_where_the_host_names_no_boot_its_minute_does(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("external_oms.stores.host._BOOT_ID", tmp_path / "absent")
+    assert boot_id() == boot_id()
+    assert boot_id().startswith("booted in minute ")
+
+
+def test_a_process_is_gone_once_it_has_ended_even_where_its_parent_has_not_asked() -> None:
+    script = "from external_oms.stores.host import this_process; print(this_process(), flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as child:
+        assert child.stdout is not None
+        name = child.stdout.readline().strip()
+        assert not is_gone(name)
+        child.kill()
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # it has ended, and is not yet asked for
+        assert is_gone(name)
+        child.wait()
+        assert is_gone(name)
+    assert not is_gone(this_process())
+
+
+def test_a_number_that_was_given_again_is_another_process() -> None:
+    space, pid, started = this_process().split(":")
+    assert is_gone(f"{space}:{pid}:{int(started) - 1}")
+
+
+@pytest.mark.parametrize("name", ["", "1:1:1"])
+def test_of_a_process_that_cannot_be_seen_nothing_is_concluded(name: str) -> None:
+    assert not is_gone(name)

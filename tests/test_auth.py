@@ -1,0 +1,428 @@
+"""Tokens: obtained once, renewed early, shared by those who wait, never by tenants, and never printed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import NoReturn
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import SecretStr
+
+from external_oms.auth import ClientCredentials, StaticToken, renewal_margin_seconds
+from external_oms.clock import SYSTEM_CLOCK, Clock
+from external_oms.emulator import ConfigAPIEmulator, Fault
+from external_oms.errors import RateLimited, ReadError, TokenError, Unavailable
+from tests.conftest import FakeClock
+from tests.hostile import Hostile, Line
+
+SECRET = "cl1ent-secret-do-not-print"
+
+
+@pytest.fixture
+def api() -> Iterator[ConfigAPIEmulator]:
+    with ConfigAPIEmulator(("acme", "globex"), expires_in=300) as emulator:
+        yield emulator
+
+
+def _of(
+    api: ConfigAPIEmulator | str, clock: Clock, *, tenant: str = "acme", timeout_seconds: float = 5, scope: str = ""
+) -> ClientCredentials:
+    """The source of a tenant's tokens at the emulator, or at an address."""
+    endpoint, client_id, secret = str(api), "acme-client", SecretStr(SECRET)
+    if isinstance(api, ConfigAPIEmulator):
+        settings = api.tenant_settings(tenant)
+        assert settings.client_id is not None
+        assert settings.client_secret is not None
+        endpoint, client_id, secret = settings.token_endpoint(tenant), settings.client_id, settings.client_secret
+    return ClientCredentials(
+        tenant=tenant,
+        endpoint=endpoint,
+        client_id=client_id,
+        client_secret=secret,
+        scope=scope,
+        session=None,
+        clock=clock,
+        timeout_seconds=timeout_seconds,
+        retry_after_max_seconds=300,
+    )
+
+
+def _answering(body: object, status: str = "200 OK", seen: list[bytes] | None = None) -> Callable[[Line], None]:
+    raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+
+    def script(line: Line) -> None:
+        asked = line.request()
+        if seen is not None:
+            seen.append(asked)
+        line.send(f"HTTP/1.1 {status}\r\nContent-Length: {len(raw)}\r\n\r\n".encode() + raw)
+
+    return script
+
+
+# --- one token and its life --------------------------------------------------------------------------------------
+
+
+def test_a_token_is_obtained_once_and_used_until_shortly_before_its_end(
+    api: ConfigAPIEmulator, clock: FakeClock
+) -> None:
+    source = _of(api, clock)
+    first = source.token()
+    clock.advance(269.9)  # of 300 s: the margin is a tenth
+    assert source.token() == first
+    clock.advance(0.2)
+    assert source.token() != first
+    assert api.tokens_issued("acme") == 2
+
+
+@pytest.mark.parametrize(("life", "margin"), [(1, 0.5), (8, 4), (20, 5), (50, 5), (100, 10), (600, 60), (86_400, 60)])
+def test_the_margin_is_a_tenth_between_5_and_60_seconds(life: float, margin: float) -> None:
+    assert renewal_margin_seconds(life) == margin
+
+
+@given(life=st.floats(min_value=1e-3, max_value=1e12))
+def test_a_margin_leaves_at_least_half_of_the_life(life: float) -> None:
+    assert 0 < renewal_margin_seconds(life) <= min(60, life / 2)
+
+
+def test_an_answer_without_a_life_gives_five_minutes(clock: FakeClock) -> None:
+    with ConfigAPIEmulator(("acme",), expires_in=None) as api:
+        source = _of(api, clock)
+        first = source.token()
+        clock.advance(269)
+        assert source.token() == first
+        clock.advance(2)
+        assert source.token() != first
+
+
+def test_a_life_is_counted_from_the_start_of_the_request(clock: FakeClock) -> None:
+    def slow(line: Line) -> None:
+        clock.advance(100)
+        _answering({"access_token": "t", "expires_in": 101})(line)
+
+    with Hostile(slow) as server:
+        source = _of(server.url, clock, timeout_seconds=1000)
+        assert source.token() == "t"
+        clock.advance(1.1)
+        assert source.token() == "t"  # obtained anew
+        assert server.connections == 2
+
+
+@pytest.mark.parametrize("life", [0, -1, True, "300", "soon", [], {}, 1e999, float("nan")])
+def test_an_absurd_life_is_no_token(clock: FakeClock, life: object) -> None:
+    with Hostile(_answering({"access_token": "t", "expires_in": life})) as server, pytest.raises(TokenError):
+        _of(server.url, clock).token()
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"<html>do-not-print",
+        b"[]",
+        b"[" * 50_000,
+        {},
+        {"access_token": ""},
+        {"access_token": None},
+        {"access_token": 7},
+        {"access_token": "two words"},
+        {"access_token": "new\r\nline: 1"},
+        {"access_token": "é"},
+        {"access_token": "t" * 20_000},
+        {"access_token": "t", "token_type": "mac"},
+        {"access_token": "t", "token_type": 1},
+        {"access_token": "t" * 70_000},
+    ],
+)
+def test_an_answer_that_holds_no_usable_token_is_a_token_error(clock: FakeClock, body: object) -> None:
+    with Hostile(_answering(body)) as server, pytest.raises(TokenError) as caught:
+        _of(server.url, clock).token()
+    assert "do-not-print" not in str(caught.value)
+    assert "token endpoint of tenant 'acme'" in str(caught.value)
+
+
+# --- what is asked -----------------------------------------------------------------------------------------------
+
+
+def test_the_request_is_the_grants_form_and_no_refresh_token_is_used(clock: FakeClock) -> None:
+    seen: list[bytes] = []
+    answer = {"access_token": "t", "expires_in": 1, "refresh_token": "r"}
+    with Hostile(_answering(answer, seen=seen)) as server:
+        source = _of(server.url, clock, scope="newstore:configuration:read more")
+        source.token()
+        clock.advance(10)
+        source.token()
+    assert len(seen) == 2
+    for request in seen:
+        head, _, form = request.decode().partition("\r\n\r\n")
+        assert head.startswith("POST / HTTP/1.1")
+        assert SECRET not in head
+        assert f"Content-Length: {len(form)}" in head
+        assert sorted(form.split("&")) == [
+            "client_id=acme-client",
+            f"client_secret={SECRET}",
+            "grant_type=client_credentials",
+            "scope=newstore%3Aconfiguration%3Aread+more",
+        ]
+
+
+# --- refusals ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "advice"),
+    [
+        ("invalid_client", "check client_id and client_secret"),
+        ("unauthorized_client", "check client_id and the client's grants"),
+        ("invalid_scope", "check scope"),
+        ("invalid_request", "check token_url"),
+        ("do-not-print", "check token_url, client_id and client_secret"),
+        ({"do-not-print": 1}, "check token_url, client_id and client_secret"),
+    ],
+)
+@pytest.mark.parametrize("status", ["400 Bad Request", "401 Unauthorized", "200 OK"])
+def test_a_refusal_says_which_settings_to_check_and_nothing_the_server_said(
+    clock: FakeClock, error: object, advice: str, status: str
+) -> None:
+    body = {"error": error, "error_description": f"do-not-print {SECRET}"}
+    with Hostile(_answering(body, status)) as server, pytest.raises(TokenError, match=advice) as caught:
+        _of(server.url, clock).token()
+    told = "".join(traceback.format_exception(caught.value))
+    assert "do-not-print" not in told
+    assert SECRET not in told
+    assert caught.value.status == int(status[:3])
+
+
+@pytest.mark.parametrize(
+    ("fault", "error", "status", "wait"),
+    [
+        (Fault(status=429, retry_after=4, where="token"), RateLimited, 429, 4.0),
+        (Fault(status=429, where="token"), RateLimited, 429, None),
+        (Fault(status=503, retry_after=9_999, where="token"), Unavailable, 503, 300.0),
+        (Fault(status=500, where="token"), Unavailable, 500, None),
+        (Fault(redirect="http://127.0.0.1:9/", where="token"), Unavailable, 307, None),
+        (Fault(status=404, where="token"), TokenError, 404, None),
+        (Fault(dropped="headers", where="token"), Unavailable, None, None),
+        (Fault(dropped="body", where="token"), Unavailable, None, None),
+    ],
+)
+def test_each_failure_of_the_endpoint_has_its_name(
+    api: ConfigAPIEmulator,
+    clock: FakeClock,
+    fault: Fault,
+    error: type[ReadError],
+    status: int | None,
+    wait: float | None,
+) -> None:
+    api.fault("acme", fault)
+    with pytest.raises(error) as caught:
+        _of(api, clock).token()
+    assert type(caught.value) is error
+    assert (caught.value.status, caught.value.retry_after_seconds) == (status, wait)
+
+
+def test_a_wrong_secret_is_refused_by_the_emulator_too(api: ConfigAPIEmulator, clock: FakeClock) -> None:
+    with pytest.raises(TokenError, match="check client_id and client_secret"):
+        _of(api.tenant_settings("acme").token_endpoint("acme"), clock).token()
+
+
+def test_a_wait_that_the_endpoint_asked_for_is_kept_without_asking_again(
+    api: ConfigAPIEmulator, clock: FakeClock
+) -> None:
+    api.fault("acme", Fault(status=429, retry_after=10, where="token"))
+    source = _of(api, clock)
+    with pytest.raises(RateLimited):
+        source.token()
+    clock.advance(4)
+    with pytest.raises(RateLimited) as caught:
+        source.token()
+    assert caught.value.retry_after_seconds == 6
+    assert len(api.seen("acme")) == 1
+    clock.advance(6)
+    assert source.token()
+
+
+def test_no_secret_is_in_any_repr(clock: FakeClock) -> None:
+    with Hostile(_answering({"access_token": "t0ken", "expires_in": 60})) as server:
+        source = _of(server.url, clock)
+        source.token()
+    static = StaticToken(SecretStr(SECRET))
+    shown = repr(source) + repr(static) + repr(vars(source)) + repr(vars(static)) + repr(dict(source._held))
+    assert SECRET not in shown
+    assert "t0ken" not in shown
+
+
+# --- renewing ----------------------------------------------------------------------------------------------------
+
+
+def test_where_a_renewal_fails_the_old_token_is_used_while_it_is_valid(
+    api: ConfigAPIEmulator, clock: FakeClock
+) -> None:
+    source = _of(api, clock)
+    first = source.token()
+    api.fault("acme", Fault(status=500, where="token", times=None))
+    clock.advance(280)
+    assert source.token() == first
+    assert source.token() == first
+    assert len(api.seen("acme")) == 2  # and the endpoint is not asked at every call
+    clock.advance(5)
+    assert source.token() == first
+    assert len(api.seen("acme")) == 3
+    clock.advance(15)
+    with pytest.raises(Unavailable):
+        source.token()
+
+
+def test_a_renewal_that_hangs_leaves_half_of_the_deadline_to_the_read() -> None:
+    with ConfigAPIEmulator(("acme",), expires_in=3) as api:
+        source = _of(api, SYSTEM_CLOCK, timeout_seconds=1)
+        first = source.token()
+        while source._held[source].renew_at > time.monotonic():
+            threading.Event().wait(0.01)
+        api.fault("acme", Fault(delay_seconds=30, where="token"))
+        began = time.monotonic()
+        assert source.token() == first
+        assert 0.4 < time.monotonic() - began < 0.9
+
+
+def test_who_comes_while_a_valid_token_is_renewed_does_not_wait(api: ConfigAPIEmulator, clock: FakeClock) -> None:
+    source = _of(api, clock)
+    first = source.token()
+    clock.advance(280)
+    api.fault("acme", Fault(delay_seconds=30, where="token"))
+    with ThreadPoolExecutor(1) as pool:
+        renewing = pool.submit(source.token)
+        while len(api.seen("acme")) < 2:
+            threading.Event().wait(0.005)
+        assert source.token() == first
+        assert not renewing.done()
+        source.abort()
+        assert renewing.result(5) == first
+
+
+@pytest.mark.parametrize("status", [None, 500])
+def test_one_request_serves_everyone_who_waits_or_fails_them_all(api: ConfigAPIEmulator, status: int | None) -> None:
+    source = _of(api, SYSTEM_CLOCK)
+    api.fault("acme", Fault(delay_seconds=0.3, where="token", status=status))
+    barrier = threading.Barrier(30)
+
+    def ask() -> str | ReadError:
+        barrier.wait()
+        try:
+            return source.token()
+        except Unavailable as error:
+            return error
+
+    with ThreadPoolExecutor(30) as pool:
+        told = [future.result(10) for future in [pool.submit(ask) for _ in range(30)]]
+    assert len(api.seen("acme")) == 1
+    assert len({str(outcome) for outcome in told}) == 1
+    if status is not None:
+        assert all(isinstance(outcome, Unavailable) and outcome.status == status for outcome in told)
+        assert len({id(outcome) for outcome in told}) == 30  # each raises an exception of its own
+
+
+def test_who_waits_for_anothers_renewal_waits_no_longer_than_its_deadline(api: ConfigAPIEmulator) -> None:
+    source = _of(api, SYSTEM_CLOCK, timeout_seconds=30)
+    api.fault("acme", Fault(delay_seconds=30, where="token"))
+    with ThreadPoolExecutor(1) as pool:
+        renewing = pool.submit(source.token)
+        while not api.seen("acme"):
+            threading.Event().wait(0.005)
+        with pytest.raises(Unavailable, match="another caller's renewal"):
+            source.token(deadline=time.monotonic() + 0.1)
+        source.abort()
+        with pytest.raises(Unavailable, match="ended from outside"):
+            renewing.result(5)
+    assert source.token()
+
+
+def test_an_interruption_sets_the_waiting_free(clock: FakeClock, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = _of("http://127.0.0.1:9", clock)
+
+    def interrupted(_: float) -> NoReturn:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(source, "_obtain", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            source.token()
+    with pytest.raises(Unavailable, match="no connection"):
+        source.token()
+
+
+# --- dropping ----------------------------------------------------------------------------------------------------
+
+
+def test_only_the_token_that_was_used_is_dropped(api: ConfigAPIEmulator, clock: FakeClock) -> None:
+    source = _of(api, clock)
+    first = source.token()
+    source.drop(first)
+    second = source.token()
+    assert second != first
+    source.drop(first)  # late: another caller has long renewed
+    assert source.token() == second
+    assert api.tokens_issued("acme") == 2
+
+
+def test_a_static_token_stays(clock: FakeClock) -> None:
+    source = StaticToken(SecretStr("t"))
+    source.drop("t")
+    source.abort()
+    source.after_fork()
+    assert source.token() == "t"
+    assert not source.renews
+
+
+def test_two_tenants_never_share_a_token_though_all_their_settings_are_the_same(clock: FakeClock) -> None:
+    def number(line: Line) -> None:
+        _answering({"access_token": f"t{server.connections}"})(line)
+
+    with Hostile(number) as server:
+        one = _of(server.url, clock, tenant="acme")
+        two = _of(server.url, clock, tenant="globex")
+        assert (one.token(), two.token()) == ("t1", "t2")
+        assert (one.token(), two.token()) == ("t1", "t2")
+        assert one._held is not two._held
+        assert list(one._held) == [one]
+        one.drop("t2")
+        two.drop("t1")
+        assert (one.token(), two.token()) == ("t1", "t2")
+
+
+# --- a fork ------------------------------------------------------------------------------------------------------
+
+
+def test_a_child_keeps_a_valid_token_though_the_parent_was_renewing(api: ConfigAPIEmulator, clock: FakeClock) -> None:
+    source = _of(api, clock)
+    first = source.token()
+    clock.advance(280)
+    api.fault("acme", Fault(delay_seconds=30, where="token"))
+    with ThreadPoolExecutor(1) as pool:
+        renewing = pool.submit(source.token)
+        while len(api.seen("acme")) < 2:
+            threading.Event().wait(0.005)
+        with source._lock:  # the worst moment
+            child = os.fork()
+        if child == 0:
+            source.after_fork()
+            kept = source._held[source].text == first
+            renewed = source.token()
+            os._exit(0 if kept and renewed != first else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        source.abort()
+        assert renewing.result(5) == first
+
+
+def test_authlib_comes_in_with_the_first_request_only() -> None:
+    code = "import sys, external_oms.auth; assert not [m for m in sys.modules if m.startswith('authlib')]"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=30)

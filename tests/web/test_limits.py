@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import socket
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from time import monotonic, sleep
+
+import pytest
+
+from external_oms.settings import Settings
+from external_oms.web.limits import Limits
+from external_oms.web.problems import Problem
+
+
+def settings(store: str = "memory://") -> Settings:
+    return Settings(tenant="acme", access_token="x", store=store)
+
+
+def allowed(limits: Limits, number: int, *, who: str = "ann", per_minute: int = 3) -> int:
+    """How many of so many attempts are let through."""
+    return sum(refusal(limits, who, per_minute) is None for _ in range(number))
+
+
+def refusal(limits: Limits, who: str, per_minute: int) -> Problem | None:
+    try:
+        limits.take("switch", who, per_minute=per_minute)
+    except Problem as refused:
+        return refused
+    return None
+
+
+def test_a_refusal_tells_how_long_to_wait_in_whole_seconds() -> None:
+    limits = Limits(settings())
+    assert refusal(limits, "ann", 1) is None
+    refused = refusal(limits, "ann", 1)
+    assert refused is not None
+    assert (refused.status, refused.kind) == (429, "too_many_requests")
+    assert 1 <= int(refused.answer.headers["Retry-After"]) <= 60
+
+
+def test_what_exceeds_the_number_is_refused_for_who_exceeds_it_alone() -> None:
+    limits = Limits(settings())
+    assert allowed(limits, 5) == 3
+    assert allowed(limits, 2, who="bob") == 2
+    limits.take("refresh", "ann", per_minute=3)
+
+
+def test_each_app_counts_for_itself() -> None:
+    assert [allowed(Limits(settings()), 5) for _ in range(2)] == [3, 3]
+
+
+@pytest.fixture
+def deaf() -> Iterator[int]:
+    """The port of something that takes connections and never answers."""
+    with socket.create_server(("127.0.0.1", 0), backlog=8) as server:
+        yield server.getsockname()[1]
+
+
+@pytest.fixture
+def redis_port(tmp_path: Path) -> Iterator[int]:
+    """The port of a Redis server of this test's own."""
+    program = shutil.which("redis-server")
+    if program is None:
+        pytest.skip("no redis-server on the PATH")
+    port = closed_port()
+    arguments = [program, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(tmp_path)]
+    with subprocess.Popen(arguments, stdout=subprocess.DEVNULL) as server:
+        try:
+            until = monotonic() + 10
+            while not answers(port):
+                assert monotonic() < until
+            yield port
+        finally:
+            server.kill()
+
+
+def answers(port: int) -> bool:
+    try:
+        with socket.create_connection(("127.0.0.1", port), timeout=1) as asked:
+            asked.sendall(b"PING\r\n")
+            return asked.recv(7) == b"+PONG\r\n"
+    except OSError:
+        sleep(0.01)
+        return False
+
+
+def test_over_redis_all_members_of_a_fleet_count_together(redis_port: int, caplog: pytest.LogCaptureFixture) -> None:
+    members = [Limits(settings(f"redis://127.0.0.1:{redis_port}/0")) for _ in range(2)]
+    passed = [allowed(member, 1) for member in members * 3]
+    assert passed == [1, 1, 1, 0, 0, 0]
+    assert caplog.records == []
+
+
+def closed_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port: int = server.getsockname()[1]
+    return port
+
+
+def test_a_dead_redis_costs_little_and_each_process_counts_alone(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING, logger="external_oms")
+    limits = Limits(settings(f"redis://:secret-of-redis@127.0.0.1:{closed_port()}/0"))
+    began = monotonic()
+    assert allowed(limits, 5) == 3
+    assert monotonic() - began < 2
+    assert len(caplog.records) == 1
+    assert "secret-of-redis" not in caplog.text
+
+
+def test_a_deaf_redis_holds_one_request_up_and_no_other(deaf: int) -> None:
+    limits = Limits(settings(f"redis://127.0.0.1:{deaf}/0"))
+    began = monotonic()
+    assert allowed(limits, 5) == 3
+    assert monotonic() - began < 2
+
+
+def test_redis_is_asked_again_after_a_rest(deaf: int, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING, logger="external_oms")
+    now = [1_000_000.0]
+    limits = Limits(settings(f"redis://127.0.0.1:{deaf}/0"), wall=lambda: now[0])
+    limits.take("switch", "ann", per_minute=100)
+    limits.take("switch", "ann", per_minute=100)
+    assert len(caplog.records) == 1
+    now[0] += 11
+    limits.take("switch", "ann", per_minute=100)
+    assert len(caplog.records) == 2
+
+
+@pytest.mark.parametrize("store", ["rediss+cluster://127.0.0.1:1", "unix:///nowhere/redis.sock"])
+def test_a_form_of_redis_that_cannot_be_used_counts_alone(store: str) -> None:
+    assert allowed(Limits(settings(store)), 5) == 3
+
+
+@pytest.mark.filterwarnings(
+    "ignore:.*multi-threaded.*:DeprecationWarning"
+)  # forking under threads is this test's subject
+def test_a_forked_child_counts_on_its_own_without_waiting_for_its_parents_locks() -> None:
+    limits = Limits(settings())
+    allowed(limits, 3)
+    with limits._lock:
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if allowed(limits, 5) == 3 else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+import os
+import queue
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+
+from external_oms.cache import Change, ChangeKind
+from external_oms.web.problems import Problem
+from external_oms.web.streams import Hub, Message, stream_response
+from tests.web.conftest import TENANT, Server, StartServer
+
+
+@pytest.fixture
+def server(start: StartServer) -> Server:
+    """One that reads only when asked, so that nothing happens but what a test does."""
+    return start(refresh="lazy")
+
+
+@pytest.fixture
+def hub(server: Server) -> Iterator[Hub]:
+    made = Hub(server.parts.service.cache, max_streams=2)
+    yield made
+    made.close()
+
+
+def change(server: Server, kind: ChangeKind, tenant: str = TENANT) -> Change:
+    return Change(tenant, kind, replace(server.parts.service.cache.peek(TENANT), tenant=tenant))
+
+
+@pytest.mark.parametrize(
+    ("message", "wire"),
+    [
+        (Message("state", "{}"), b"event: state\ndata: {}\n\n"),
+        (Message("message", "two\nlines", id="7"), b"id: 7\nevent: message\ndata: two\ndata: lines\n\n"),
+        (Message("e", "\u00e9"), b"event: e\ndata: \xc3\xa9\n\n"),
+    ],
+)
+def test_a_message_on_the_wire(message: Message, wire: bytes) -> None:
+    assert message.encode() == wire
+
+
+def test_a_stream_hears_what_happens_after_it_was_opened(server: Server, hub: Hub) -> None:
+    stream = hub.open()
+    server.parts.service.cache.changes.tell(change(server, ChangeKind.STATE))
+    assert stream.take(10) == {TENANT: ChangeKind.STATE}
+    assert stream.take(0) == {}
+
+
+def test_a_stream_that_lags_is_told_once_per_tenant_and_never_less_than_happened(server: Server, hub: Hub) -> None:
+    stream = hub.open()
+    for _ in range(1000):
+        for tenant in ("a", "b"):
+            server.parts.service.cache.changes.tell(change(server, ChangeKind.VALUE, tenant))
+            server.parts.service.cache.changes.tell(change(server, ChangeKind.STATE, tenant))
+    assert stream.take(0) == {"a": ChangeKind.VALUE, "b": ChangeKind.VALUE}
+
+
+def test_a_waiting_stream_wakes_when_something_happens_and_when_it_ends(server: Server, hub: Hub) -> None:
+    stream = hub.open()
+    heard: queue.Queue[dict[str, ChangeKind] | None] = queue.Queue()
+
+    def listen() -> None:
+        while (news := stream.take(30)) is not None:
+            heard.put(news)
+        heard.put(None)
+
+    waiting = threading.Thread(target=listen)
+    waiting.start()
+    server.parts.service.cache.changes.tell(change(server, ChangeKind.VALUE))
+    assert heard.get(timeout=10) == {TENANT: ChangeKind.VALUE}
+    hub.close()
+    assert heard.get(timeout=10) is None
+    waiting.join()
+
+
+def test_there_are_no_more_streams_than_allowed_and_an_ended_one_makes_room(hub: Hub) -> None:
+    streams = [hub.open(), hub.open()]
+    with pytest.raises(Problem) as refused:
+        hub.open()
+    assert (refused.value.status, refused.value.kind) == (503, "too_many_streams")
+    streams[0].end()
+    streams[0].end()
+    assert len(hub) == 1
+    hub.open()
+
+
+def test_a_closed_hub_hears_nothing_more(server: Server, hub: Hub) -> None:
+    stream = hub.open()
+    hub.close()
+    server.parts.service.cache.changes.tell(change(server, ChangeKind.VALUE))
+    assert stream.take(0) is None
+    assert stream._waiting == {}
+
+
+def test_silence_is_broken_by_comments(server: Server, hub: Hub) -> None:
+    with server.app.test_request_context():
+        answer = stream_response(hub, lambda *_: [], first=lambda: [Message("a", "b")], heartbeat_seconds=0.001)
+        chunks = answer.iter_encoded()
+        assert [next(chunks) for _ in range(4)] == [b"retry: 2000\n\n", b"event: a\ndata: b\n\n", b":\n\n", b":\n\n"]
+        assert answer.headers["X-Accel-Buffering"] == "no"
+        answer.close()
+    assert len(hub) == 0
+
+
+def test_an_answer_that_nobody_ever_read_gives_its_place_back(server: Server, hub: Hub) -> None:
+    with server.app.test_request_context():
+        stream_response(hub, lambda *_: [], first=list).close()
+    assert len(hub) == 0
+
+
+def test_nothing_falls_between_what_is_so_and_what_changes(server: Server, hub: Hub) -> None:
+    def first() -> list[Message]:
+        server.parts.service.cache.changes.tell(change(server, ChangeKind.VALUE))
+        return []
+
+    with server.app.test_request_context():
+        answer = stream_response(hub, lambda tenant, kind: [Message(kind, tenant)], first=first, heartbeat_seconds=10)
+        chunks = answer.iter_encoded()
+        assert next(chunks).startswith(b"retry")
+        assert next(chunks) == f"event: value\ndata: {TENANT}\n\n".encode()
+        answer.close()
+
+
+@pytest.mark.filterwarnings(
+    "ignore:.*multi-threaded.*:DeprecationWarning"
+)  # forking under threads is this test's subject
+def test_a_forked_child_has_no_streams_of_its_parent_and_can_open_its_own(hub: Hub) -> None:
+    hub.open()
+    with hub._lock:  # another thread of the parent holds it at the moment of the fork
+        child = os.fork()
+        if child == 0:
+            ok = len(hub) == 0 and hub.open() is not None and len(hub) == 1
+            os._exit(0 if ok else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert len(hub) == 1

@@ -1,0 +1,243 @@
+from __future__ import annotations
+
+import io
+import json
+import logging
+from time import time
+from typing import Any
+
+import pytest
+from werkzeug.datastructures import Headers
+from werkzeug.test import EnvironBuilder, TestResponse, run_wsgi_app
+
+from external_oms import signature
+from external_oms.emulator import ConfigAPIEmulator, Fault
+from external_oms.web.problems import PROBLEM_TYPE
+from tests.web.conftest import BEARER, HOOK, MALFORMED, OLD_SECRET, SECRET, TENANT, Server, StartServer
+
+LOGGER = "external_oms"
+
+
+def refusal(answer: TestResponse) -> tuple[int, bytes, list[tuple[str, str]]]:
+    return answer.status_code, answer.data, sorted(answer.headers)
+
+
+def keyed(server: Server, body: object = None, **headers: str) -> TestResponse:
+    return server.client.post(
+        HOOK, json=body or {"tenant": TENANT}, headers={"Authorization": f"Bearer {BEARER}", **headers}
+    )
+
+
+# -- what a genuine delivery does --------------------------------------------------------------------------------------
+
+
+def test_a_signed_delivery_is_answered_with_the_value_read_after_it(server: Server) -> None:
+    assert server.parts.provider.enabled() is False
+    server.api.set_enabled(TENANT, True)
+    answer = server.deliver()
+    assert answer.status_code == 200
+    assert answer.json == {"tenant": TENANT, "generation": 1, "duplicate": False, "refreshed": True, "enabled": True}
+    assert server.parts.provider.enabled() is True
+
+
+def test_a_delivery_with_a_key_does_the_same(server: Server) -> None:
+    server.api.set_enabled(TENANT, True)
+    answer = keyed(server)
+    assert answer.status_code == 200
+    assert answer.json is not None
+    assert answer.json["enabled"] is True
+
+
+def test_the_platforms_envelope_and_that_of_standard_webhooks_both_name_the_tenant(two: Server) -> None:
+    platform = {"tenant": "globex", "name": "changed", "published_at": "2026-11-23T09:30:00Z", "payload": {"a": [1]}}
+    standard = {"type": "changed", "timestamp": "2026-11-23T09:30:00Z", "data": {"tenant": "globex"}}
+    assert [two.deliver(body).status_code for body in (platform, standard)] == [200, 200]
+    assert (two.generation("globex"), two.generation(TENANT)) == (2, 0)
+
+
+@pytest.mark.parametrize("inner", [None, 5, "x", [], {}, {"tenant": TENANT}])
+def test_beside_a_tenant_the_data_may_be_anything_that_names_no_other(server: Server, inner: object) -> None:
+    assert server.deliver({"tenant": TENANT, "data": inner}).status_code == 200
+
+
+@pytest.mark.parametrize("body", [{}, {"data": {}}, {"name": "x", "payload": {"tenant": "globex"}}])
+def test_with_one_tenant_its_name_may_be_left_out(server: Server, body: object) -> None:
+    assert server.deliver(body).status_code == 200
+    assert server.generation() == 1
+
+
+def test_a_repeated_id_is_a_duplicate_and_does_nothing_else(server: Server) -> None:
+    first = server.deliver(delivery_id="msg_same")
+    reads = server.api.reads(TENANT)
+    again = server.deliver(delivery_id="msg_same")
+    assert (first.status_code, again.status_code) == (200, 200)
+    assert again.json is not None
+    assert again.json["duplicate"] is True
+    assert server.generation() == 1
+    assert server.api.reads(TENANT) == reads
+
+
+def test_an_id_beside_a_key_is_used_against_repetition_only_if_it_is_one(server: Server) -> None:
+    assert keyed(server, **{"webhook-id": "sane"}).json != keyed(server, **{"webhook-id": "sane"}).json
+    assert server.generation() == 1
+    for _ in range(2):
+        assert keyed(server, **{"webhook-id": "not sane" + "x" * 300}).status_code == 200
+    assert server.generation() == 3
+
+
+def test_while_secrets_are_rotated_both_are_taken(start: StartServer) -> None:
+    server = start(webhook_secrets=[SECRET, OLD_SECRET])
+    assert [server.deliver(secret=secret).status_code for secret in (SECRET, OLD_SECRET)] == [200, 200]
+
+
+def test_a_delivery_whose_read_fails_is_accepted_and_says_so(start: StartServer, api: ConfigAPIEmulator) -> None:
+    api.fault(TENANT, Fault(status=500, times=None))
+    answer = start().deliver()
+    assert answer.status_code == 202
+    assert answer.json == {"tenant": TENANT, "generation": 1, "duplicate": False, "refreshed": False, "enabled": None}
+
+
+def test_a_delivery_after_the_provider_was_shut_down_still_invalidates(start: StartServer) -> None:
+    server = start(timeout_seconds=0.2)
+    server.parts.provider.shutdown()
+    assert server.deliver().status_code == 202
+    assert server.generation() == 1
+
+
+# -- what is refused ---------------------------------------------------------------------------------------------------
+
+
+def forgeries() -> dict[str, dict[str, Any]]:
+    body = b'{"tenant": "acme-staging"}'
+    good = signature.sign(body, secret=SECRET, delivery_id="msg", at_wall=time())
+    old = signature.sign(body, secret=SECRET, delivery_id="msg", at_wall=time() - 310)
+    early = signature.sign(body, secret=SECRET, delivery_id="msg", at_wall=time() + 310)
+    foreign = signature.sign(body, secret=OLD_SECRET, delivery_id="msg", at_wall=time())
+    return {
+        "nothing": {"headers": {}},
+        "too old": {"headers": old},
+        "from the future": {"headers": early},
+        "another secret": {"headers": foreign},
+        "another id": {"headers": {**good, "webhook-id": "other"}},
+        "another moment": {"headers": {**good, "webhook-timestamp": str(int(time()) - 1)}},
+        "another body": {"headers": good, "data": body + b" "},
+        "no signature": {"headers": {name: good[name] for name in ("webhook-id", "webhook-timestamp")}},
+        "not base64": {"headers": {**good, "webhook-signature": "v1,%%%"}},
+        "not ASCII": {"headers": {**good, "webhook-signature": "v1,\xe9\xe9"}},
+        "no version": {"headers": {**good, "webhook-signature": good["webhook-signature"].removeprefix("v1,")}},
+        "wrong key": {"headers": {"Authorization": "Bearer wrong"}},
+        "empty key": {"headers": {"Authorization": "Bearer "}},
+        "basic": {"headers": {"Authorization": f"Basic {BEARER}"}},
+        "key elsewhere": {"headers": {"X-API-Key": BEARER}},
+        "not ASCII key": {"headers": {"Authorization": "Bearer \xe9"}},
+        "secret as key": {"headers": {"Authorization": f"Bearer {SECRET}"}},
+        "not UTF-8": {"headers": good, "data": b"\xff\xfe"},
+        "not JSON either": {"headers": {}, "data": b"{", "content_type": "text/plain"},
+    }
+
+
+def test_whatever_is_not_genuine_gets_one_and_the_same_401(server: Server) -> None:
+    given = {"data": b'{"tenant": "acme-staging"}', "content_type": "application/json"}
+    answers = {name: server.client.post(HOOK, **{**given, **forgery}) for name, forgery in forgeries().items()}
+    assert {name: answer.status_code for name, answer in answers.items()} == dict.fromkeys(answers, 401)
+    assert len({(answer.data, tuple(sorted(answer.headers))) for answer in answers.values()}) == 1
+    assert server.generation() == 0
+
+
+def test_the_same_request_is_genuine_without_the_forgery(server: Server) -> None:
+    body = b'{"tenant": "acme-staging"}'
+    headers = signature.sign(body, secret=SECRET, delivery_id="msg", at_wall=time())
+    assert server.client.post(HOOK, data=body, headers=headers, content_type="application/json").status_code == 200
+
+
+@pytest.mark.parametrize("content_type", ["", "text/plain", "application/x-www-form-urlencoded", "multipart/form-data"])
+def test_a_body_that_is_not_announced_as_json_is_refused(server: Server, content_type: str) -> None:
+    answer = server.deliver(content_type=content_type)
+    assert (answer.status_code, answer.mimetype, server.generation()) == (415, PROBLEM_TYPE, 0)
+
+
+@pytest.mark.parametrize("content_type", ["application/json; charset=utf-8", "application/cloudevents+json"])
+def test_json_with_a_parameter_or_a_suffix_is_json(server: Server, content_type: str) -> None:
+    assert server.deliver(content_type=content_type).status_code == 200
+
+
+@pytest.mark.parametrize("body", MALFORMED, ids=lambda body: repr(body[:30]))
+def test_a_genuine_delivery_that_is_malformed_is_refused(server: Server, body: bytes) -> None:
+    answer = server.deliver(body)
+    assert (answer.status_code, answer.mimetype, server.generation()) == (400, PROBLEM_TYPE, 0)
+
+
+def test_an_unknown_tenant_is_not_found(server: Server) -> None:
+    answer = server.deliver({"tenant": "nobody"})
+    assert (answer.status_code, answer.mimetype) == (404, PROBLEM_TYPE)
+
+
+def test_with_several_tenants_none_named_is_malformed(two: Server) -> None:
+    assert two.deliver({}).status_code == 400
+
+
+def test_a_body_above_the_cap_is_refused_before_it_is_believed(start: StartServer) -> None:
+    server = start(webhook_max_bytes=100)
+    for headers in ({}, signature.sign(b"x" * 101, secret=SECRET, delivery_id="m", at_wall=time())):
+        answer = server.client.post(HOOK, data=b"x" * 101, headers=headers, content_type="application/json")
+        assert (answer.status_code, answer.mimetype) == (413, PROBLEM_TYPE)
+    body = json.dumps({"tenant": TENANT, "pad": "x" * 63}).encode()
+    assert len(body) == 100
+    assert server.deliver(body).status_code == 200
+
+
+def chunked(server: Server, body: bytes) -> int:
+    """Post a body of which no length is announced, as a server hands on what came in chunks."""
+    headers = signature.sign(body, secret=SECRET, delivery_id="chunks", at_wall=time())
+    builder = EnvironBuilder(HOOK, method="POST", headers=Headers(headers), content_type="application/json")
+    environ = builder.get_environ()
+    environ.pop("CONTENT_LENGTH", None)
+    environ |= {"wsgi.input": io.BytesIO(body), "wsgi.input_terminated": True, "HTTP_TRANSFER_ENCODING": "chunked"}
+    return int(run_wsgi_app(server.app.wsgi_app, environ)[1][:3])
+
+
+def test_the_cap_holds_for_a_body_in_chunks(start: StartServer) -> None:
+    server = start(webhook_max_bytes=100)
+    assert chunked(server, b'{"tenant": "acme-staging"}') == 200
+    assert chunked(server, b'{"tenant": "acme-staging", "pad": "' + b"x" * 100 + b'"}') == 413
+    assert server.generation() == 1
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD", "PUT", "PATCH", "DELETE", "TRACE"])
+def test_only_a_post_is_a_delivery(server: Server, method: str) -> None:
+    answer = server.client.open(HOOK, method=method)
+    assert (answer.status_code, answer.mimetype, answer.headers["Allow"]) == (405, PROBLEM_TYPE, "POST, OPTIONS")
+
+
+def test_too_many_deliveries_wait_in_whole_seconds_and_forgers_lock_nobody_out(start: StartServer) -> None:
+    server = start(webhook_per_minute=3)
+    forged = [server.client.post(HOOK, data=b"{}") for _ in range(4)]
+    assert [answer.status_code for answer in forged] == [401, 401, 401, 429]
+    genuine = [server.deliver() for _ in range(4)]
+    assert [answer.status_code for answer in genuine] == [200, 200, 200, 429]
+    for answer in (forged[-1], genuine[-1]):
+        assert 1 <= int(answer.headers["Retry-After"]) <= 60
+    assert server.generation() == 3
+
+
+@pytest.mark.parametrize("host", ["[::1", "a b", "a/../b", "\xe9", "evil.example:port"])
+def test_a_malformed_host_is_a_problem_too(server: Server, host: str) -> None:
+    answer = server.deliver(environ_overrides={"HTTP_HOST": host})
+    assert answer.status_code in {200, 400}
+    assert answer.mimetype in {"application/json", PROBLEM_TYPE}
+
+
+# -- what is logged ----------------------------------------------------------------------------------------------------
+
+
+def test_each_delivery_leaves_one_line_with_its_id_and_nothing_of_its_body(
+    server: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG, logger="external_oms.web")
+    server.deliver({"tenant": TENANT, "payload": "do-not-log-me"}, delivery_id="msg_logged")
+    server.client.post(HOOK, data=b"do-not-log-me", headers={"webhook-id": "evil\x1b[31m id" + "y" * 100})
+    lines = [record.getMessage() for record in caplog.records if record.name == "external_oms.web.webhook"]
+    assert lines[0] == f"delivery msg_logged: 200, {TENANT} is at generation 1"
+    assert lines[1].startswith("delivery evil??31m?idyyy")
+    assert len(lines) == 2
+    assert "do-not-log-me" not in caplog.text
