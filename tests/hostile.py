@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import ipaddress
+import re
 import socket
 import ssl
 import threading
@@ -28,9 +29,9 @@ class Line:
         self.over = over
 
     def request(self) -> bytes:
-        """The head of the request, and as much of a body as came with it."""
+        """The whole request, its body by its Content-Length; empty where the other side has closed."""
         received = b""
-        while b"\r\n\r\n" not in received:
+        while not (head := received.partition(b"\r\n\r\n"))[1] or len(head[2]) < _length(head[0]):
             more = self._connection.recv(65_536)
             if not more:
                 break
@@ -51,6 +52,11 @@ class Line:
     def hold(self) -> None:
         """Neither send nor close until the test is over."""
         self.over.wait(30)
+
+
+def _length(head: bytes) -> int:
+    found = re.search(rb"(?i)\r\ncontent-length: *(\d+)", head)
+    return 0 if found is None else int(found[1])
 
 
 class Hostile:

@@ -201,7 +201,7 @@ def test_a_token_ends_when_it_said(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_refused_client_is_told_so_as_oauth_says(
     api: ConfigAPIEmulator, form: dict[str, str], status: int, error: str
 ) -> None:
-    told = _token(api, **form)
+    told = _token(api, basic=False, **form)
     assert (told.status, told.json, api.tokens_issued("acme")) == (status, {"error": error}, 0)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from datetime import UTC, datetime
 from email.utils import format_datetime
+from random import Random
 
 import pytest
 from hypothesis import given
@@ -21,6 +22,7 @@ from external_oms.freshness import (
     freshness_of,
     parse_retry_after,
     settling_lifetime,
+    spread_delay_seconds,
 )
 
 NOW = 1_780_000_000.0
@@ -72,9 +74,27 @@ def test_nothing_grows_fresher_with_time_and_failing_reads_only_lengthen_the_ser
     )
 
 
-@given(lifetime=positive)
-def test_the_early_read_comes_within_the_last_twentieth_and_the_last_second(lifetime: float) -> None:
-    assert 0 < early_seconds(lifetime) <= min(1, lifetime / 20)
+chances = st.floats(0.0, 1.0, exclude_max=True)
+
+
+@given(lifetime=positive, random=chances)
+def test_the_early_read_leaves_a_fortieth_for_the_read_and_never_comes_before_the_value(
+    lifetime: float, random: float
+) -> None:
+    assert min(1, lifetime / 20) / 2 <= early_seconds(lifetime, random) < lifetime / 4
+
+
+@given(spread=st.floats(0.0, 10.0), random=chances)
+def test_a_spread_look_comes_within_the_spread(spread: float, random: float) -> None:
+    assert 0.0 <= spread_delay_seconds(spread, random) <= spread
+
+
+def test_of_a_hundred_thousand_members_a_few_look_first() -> None:
+    dice = Random(1)
+    delays = sorted(spread_delay_seconds(1.0, dice.random()) for _ in range(100_000))
+    assert delays[0] < 0.1
+    assert sum(delay < delays[0] + 0.2 for delay in delays) < 100
+    assert delays[50_000] > 0.9
 
 
 @given(failures=st.integers(1, 10_000), cap=positive, random=st.floats(0, 1, exclude_max=True))

@@ -358,7 +358,7 @@ def test_a_lagging_answer_just_before_the_end_of_a_lifetime_does_not_cause_read_
     except LaggingAnswer:
         return  # a failure, and so a wait
     again = due_at(replace(record, snapshot=kept), now=read_at, random=0.0)
-    assert again - read_at >= early_seconds(30.0)
+    assert again - read_at >= early_seconds(30.0, 0.0)
 
 
 @given(st.data(), st.integers(-5, 5), st.floats(0.0, 100.0), lifetimes)
@@ -497,10 +497,10 @@ def test_a_read_that_an_invalidation_causes_is_metered(record: Record, metered: 
     assert is_metered(record) is metered
 
 
-@pytest.mark.parametrize(("random", "when"), [(0.0, 29.0), (0.5, 29.25), (1.0 - 1e-12, 29.5)])
+@pytest.mark.parametrize(("random", "when"), [(0.0, 29.5), (0.5, 29.43), (0.99999, 28.35)])
 def test_a_value_is_read_again_a_little_before_it_grows_stale(random: float, when: float) -> None:
     record = Record(reads=1, snapshot=snapshot())
-    assert due_at(record, now=READ_AT, random=random) == pytest.approx(READ_AT + when)
+    assert due_at(record, now=READ_AT, random=random) == pytest.approx(READ_AT + when, abs=0.01)
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ FOREIGN: dict[str, tuple[str, ...]] = {
     "pydantic": ("settings", "auth"),
     "pydantic_settings": ("settings",),
     "pytest": ("pytest_plugin",),
-    "redis": ("stores.redis_link",),
+    "redis": ("stores.redis_client", "stores.redis_link"),
     "requests": ("transport", "auth", "client", "assemble", "provider"),
     "rich": ("cli",),
     "standardwebhooks": ("signature",),

@@ -159,13 +159,21 @@ USERS_TESTS = """
 """
 
 
+# The plugins of this repository's own tests, which a user need not have and which cost seconds to import.
+QUICK = [
+    option for name in ("schemathesis", "hypothesispytest", "benchmark", "anyio") for option in ("-p", f"no:{name}")
+]
+
+
+@pytest.mark.timeout(180)
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_fixtures_work_in_a_users_tests_one_process_or_several(pytester: pytest.Pytester, workers: int) -> None:
     pytester.makepyfile(USERS_TESTS)
-    result = pytester.runpytest_subprocess("-n", str(workers), "-W", "error", timeout=50)
+    result = pytester.runpytest_subprocess(*QUICK, "-n", str(workers), "-W", "error", timeout=150)
     result.assert_outcomes(passed=17)
 
 
+@pytest.mark.timeout(180)
 def test_the_plugin_brings_nothing_of_the_server_until_a_fixture_is_used(pytester: pytest.Pytester) -> None:
     pytester.makepyfile("""
         import sys
@@ -178,10 +186,11 @@ def test_the_plugin_brings_nothing_of_the_server_until_a_fixture_is_used(pyteste
         def test_then_it_comes(external_oms_api):
             assert "flask" in sys.modules
     """)
-    result = pytester.runpytest_subprocess("-p", "no:xdist", timeout=50)
+    result = pytester.runpytest_subprocess(*QUICK, timeout=150)
     result.assert_outcomes(passed=2)
 
 
+@pytest.mark.timeout(180)
 def test_the_fixtures_explain_themselves(pytester: pytest.Pytester) -> None:
-    result = pytester.runpytest_subprocess("--fixtures", "-q", timeout=50)
+    result = pytester.runpytest_subprocess(*QUICK, "--fixtures", "-q", timeout=150)
     result.stdout.fnmatch_lines(["external_oms_api*", "external_oms_enabled*"])

@@ -126,7 +126,7 @@ def test_an_idle_reader_is_used_again(make: Made) -> None:
 
         workers.submit(job)
         assert done.wait(SOON)
-        assert eventually(lambda: workers._idle == 1)
+        assert eventually(lambda: workers._crew.idle == 1)
     assert len(set(ran_on)) == 1
 
 
@@ -170,8 +170,8 @@ def test_a_reader_that_ends_idle_takes_no_job_with_it(
         workers.submit(done.set)
         assert done.wait(SOON)
     assert eventually(lambda: names("read") == [])
-    assert workers._idle == 0
-    assert not workers._threads
+    assert workers._crew.idle == 0
+    assert not workers._crew.threads
 
 
 def test_due_times_are_kept_in_their_order_whatever_the_order_of_asking(make: Made) -> None:
@@ -181,7 +181,8 @@ def test_due_times_are_kept_in_their_order_whatever_the_order_of_asking(make: Ma
     blocker = Hold()
     workers.at(now, blocker)
     assert blocker.begun.wait(SOON)
-    workers.at(now + 0.02, lambda: (ran.append("third"), done.set())[0])
+    workers.at(now + 0.021, done.set)
+    workers.at(now + 0.02, lambda: ran.append("third"))
     workers.at(now + 0.01, lambda: ran.append("second"))
     workers.at(now + 0.001, lambda: ran.append("first"))
     workers.at(now + 0.01, lambda: ran.append("second, asked later"))
@@ -293,7 +294,7 @@ def test_closing_ends_every_thread_within_a_second_and_drops_what_waits(make: Ma
     workers.at(time.monotonic() + 3600.0, lambda: ran.append("due"))
     closing = threading.Thread(target=workers.close, args=(SOON,))
     closing.start()
-    assert eventually(lambda: workers._closing)
+    assert eventually(lambda: workers._crew.closing)
     for hold in holds:
         hold.may_end.set()
     closing.join(SOON)
@@ -302,10 +303,10 @@ def test_closing_ends_every_thread_within_a_second_and_drops_what_waits(make: Ma
     workers.submit(lambda: ran.append("submitted after"))
     workers.at(time.monotonic(), lambda: ran.append("due after"))
     workers.start()
+    assert not workers._crew.due, "what is asked for after the end is not hoarded"
     workers.close(1.0)
     assert names("due") == names("read") == []
     assert ran == []
-    assert not workers._due, "what is asked for after the end is not hoarded"
 
 
 def test_closing_does_not_wait_for_a_job_that_hangs_longer_than_it_may(make: Made) -> None:
@@ -321,7 +322,12 @@ def test_closing_does_not_wait_for_a_job_that_hangs_longer_than_it_may(make: Mad
 
 def test_a_job_may_close_the_workers_itself(make: Made) -> None:
     workers, done = make(), threading.Event()
-    workers.at(time.monotonic(), lambda: (workers.close(SOON), done.set())[0])
+
+    def job() -> None:
+        workers.close(SOON)
+        done.set()
+
+    workers.at(time.monotonic(), job)
     assert done.wait(SOON)
     assert eventually(lambda: names("due") == [])
 
@@ -359,26 +365,41 @@ def test_a_thread_left_over_from_before_the_reopening_ends_with_its_job(make: Ma
     hanging.may_end.set()
     hanging_due.may_end.set()
     assert eventually(lambda: len(names("read")) == 1 and len(names("due")) == 1)
-    assert eventually(lambda: workers._idle == 1)
+    assert eventually(lambda: workers._crew.idle == 1)
     workers.close(SOON)
     assert names("read") == names("due") == []
 
 
-def test_threads_that_cannot_be_started_are_tried_again_at_the_next_job(
-    make: Made, monkeypatch: pytest.MonkeyPatch
+def test_where_the_system_has_no_thread_to_give_jobs_wait_until_it_has(
+    make: Made, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    monkeypatch.setattr(workers_module, "SHORT_SECONDS", 0.001)
     workers = make()
+    read, due = threading.Event(), threading.Event()
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", _cannot_start)
-        with pytest.raises(RuntimeError):
-            workers.submit(lambda: pytest.fail("its caller was told that it will not run"))
-        with pytest.raises(RuntimeError):
-            workers.start()
-    read, due = threading.Event(), threading.Event()
-    workers.submit(read.set)
-    workers.at(time.monotonic(), due.set)
-    assert read.wait(SOON)
+        workers.start()
+        workers.submit(read.set)
+        workers.at(time.monotonic(), due.set)
+    assert not read.is_set()
+    assert "no thread" in caplog.text
+    workers.start()
     assert due.wait(SOON)
+    assert read.wait(SOON)
+
+
+def test_a_job_does_not_wait_where_only_a_further_reader_cannot_be_started(
+    make: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workers, hold, read = make(), Hold(), threading.Event()
+    workers.submit(hold)
+    assert hold.begun.wait(SOON)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", _cannot_start)
+        workers.submit(read.set)
+    hold.may_end.set()
+    assert read.wait(SOON)
+    assert len(names("read")) == 1
 
 
 def _cannot_start(thread: threading.Thread) -> None:
@@ -392,7 +413,7 @@ def test_a_forked_child_has_threads_of_its_own_and_the_parent_keeps_its(make: Ma
     workers.submit(hold)
     workers.at(time.monotonic() + 3600.0, lambda: None)
     assert hold.begun.wait(SOON)
-    workers._lock.acquire()  # as if another thread held it at the instant of the fork
+    workers._crew.lock.acquire()  # as if another thread held it at the instant of the fork
     child = os.fork()
     if child == 0:
         signal.alarm(20)
@@ -400,10 +421,10 @@ def test_a_forked_child_has_threads_of_its_own_and_the_parent_keeps_its(make: Ma
         read, due = threading.Event(), threading.Event()
         workers.submit(read.set)
         workers.at(time.monotonic(), due.set)
-        works = read.wait(SOON) and due.wait(SOON) and len(workers._threads) == 2
+        works = read.wait(SOON) and due.wait(SOON) and len(workers._crew.threads) == 2
         workers.close(SOON)
-        os._exit(0 if works and not workers._threads else 1)
-    workers._lock.release()
+        os._exit(0 if works and not workers._crew.threads else 1)
+    workers._crew.lock.release()
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     hold.may_end.set()
     assert hold.ended.wait(SOON)

@@ -59,9 +59,11 @@ class Service:
 
     def close(self, seconds: float = 1.0) -> None:
         """End every thread and connection within so many seconds; idempotent, and the parts work again after it."""
+        self.cache.close(seconds, abort=self._abort)
+
+    def _abort(self) -> None:
         for client in self.clients.values():
             client.abort()
-        self.cache.close(seconds)
 
 
 def assemble(

@@ -17,6 +17,7 @@ import itertools
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import TimeoutError as FutureTimeoutError
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import partial
@@ -75,19 +76,19 @@ class _Seen(NamedTuple):
 class _Seat:
     """What one process keeps of one tenant; the lock guards only which record is at hand and what was noticed."""
 
-    __slots__ = ("due", "lock", "noticed", "seen", "tenant")
+    __slots__ = ("lock", "noticed", "planned", "seen", "tenant")
 
     def __init__(self, tenant: str) -> None:
         self.tenant = tenant
         self.seen = _Seen(0, (0,), 0, None, Record())
         self.noticed: Answer | None = None
-        self.due: float | None = None
+        self.planned: Record | None = None
         self.lock = threading.Lock()
 
     def after_fork(self) -> None:
-        """A lock that nobody holds, and no due time: the parent's thread keeps its own."""
+        """A lock that nobody holds, and no plan: the parent's thread keeps its own."""
         self.lock = threading.Lock()
-        self.due = None
+        self.planned = None
 
 
 class Cache:
@@ -207,10 +208,11 @@ class Cache:
         answer, flight = self._board(seat)
         if flight is None:
             return answer
-        until = self._deadline()
+        until, loop = self._deadline(), asyncio.get_running_loop()
         while flight is not None:
-            # shielded: a cancelled waiter must not cancel the flight of the others
-            landing = asyncio.shield(asyncio.wrap_future(flight.done))
+            # a future of the waiter's own: cancelled, it does not cancel the flight of the others
+            landing: asyncio.Future[None] = loop.create_future()
+            flight.done.add_done_callback(partial(_wake, loop, landing))
             try:
                 await asyncio.wait_for(landing, max(0.0, until - self._clock.monotonic()))
             except TimeoutError:
@@ -225,7 +227,8 @@ class Cache:
         if answer.freshness is Freshness.FRESH:
             self._schedule(seat, answer.record)
             return answer, None
-        if blocked_until(answer.record) > self._clock.monotonic():
+        blocked = blocked_until(answer.record) > self._clock.monotonic()
+        if blocked or (answer.servable and self._background):
             self._schedule(seat, answer.record)
             return answer, None
         flight = self._flights.join(
@@ -363,10 +366,11 @@ class Cache:
             if before is not None and before.record is answer.record and _worth(before) >= _worth(answer):
                 return  # another thread noticed as much, or more: by age alone a snapshot only loses worth
             seat.noticed = answer
-        had = before.record.snapshot if before is not None else None
-        has = answer.record.snapshot
-        changed = had is not None and has is not None and had.enabled is not has.enabled
-        self.changes.tell(Change(seat.tenant, ChangeKind.VALUE if changed else ChangeKind.STATE, answer))
+            had = before.record.snapshot if before is not None else None
+            has = answer.record.snapshot
+            changed = had is not None and has is not None and had.enabled is not has.enabled
+            self.changes.line_up(Change(seat.tenant, ChangeKind.VALUE if changed else ChangeKind.STATE, answer))
+        self.changes.tell_all()
 
     def _poll(self) -> None:
         for tenant in self._store.changed():
@@ -387,23 +391,28 @@ class Cache:
             self._schedule(seat, self._judge(seat).record)
 
     def _schedule(self, seat: _Seat, record: Record) -> None:
+        """Plan the next read by a record, once: each draw of the dice would make it a little earlier."""
         if not self._background:
             return
-        when = due_at(record, now=self._clock.monotonic(), random=self._random())
-        due = seat.due
-        if due is None or when < due:
-            seat.due = when
-            self._runner.at(when, partial(self._fall_due, seat, when))
+        with seat.lock:
+            if seat.planned is record:
+                return
+            seat.planned = record
+        when = due_at(
+            record, now=self._clock.monotonic(), random=self._random(), spread_seconds=self._store.spread_seconds
+        )
+        self._runner.at(when, partial(self._fall_due, seat, record))
 
-    def _fall_due(self, seat: _Seat, when: float) -> None:
-        if seat.due != when:
-            return  # an earlier one took its place
-        seat.due = None
+    def _fall_due(self, seat: _Seat, planned: Record) -> None:
+        with seat.lock:
+            if seat.planned is not planned:
+                return  # the plan was made anew, by a later record
+            seat.planned = None
         record = self._judge(seat).record
-        if due_at(record, now=self._clock.monotonic(), random=0.0) > self._clock.monotonic():
-            self._schedule(seat, record)
-        else:
+        if record is planned:
             self._flights.join(seat.tenant, generation=record.generation, newer_than=last_number(record))
+        else:
+            self._schedule(seat, record)
 
     def _deadline(self) -> float:
         return self._clock.monotonic() + self._timeout_seconds + WAIT_GRACE_SECONDS
@@ -441,20 +450,40 @@ class Cache:
         self._runner.after_fork()
         self._store.after_fork()
         self._flights.after_fork()
+        self.changes.after_fork()
         for seat in self._seats.values():
             seat.after_fork()
 
     def reopen(self) -> None:
         """Take up work again after `close`."""
-        self._runner.reopen()
-
-    def close(self, seconds: float = 1.0) -> None:
-        """End the threads and wake every waiter, within so many seconds; the cache may be used again after it."""
-        self._runner.close(seconds)
-        self._flights.close()
-        self._store.close()
         for seat in self._seats.values():
-            seat.due = None
+            seat.planned = None  # what fell due meanwhile was dropped
+        self._runner.reopen()
+        self._flights.reopen()
+
+    def close(self, seconds: float = 1.0, *, abort: Callable[[], None] | None = None) -> None:
+        """Wake every waiter and end the threads, within so many seconds; until `reopen` no read begins.
+
+        Args:
+            seconds: The longest that it may take.
+            abort: Ends the reads under way, from outside of their threads.
+        """
+        self._flights.close()  # first: whatever is broken off from here on is no failure of the API
+        if abort is not None:
+            abort()
+        self._runner.close(seconds)
+        self._store.close()
+
+
+def _wake(loop: asyncio.AbstractEventLoop, landing: asyncio.Future[None], _done: object) -> None:
+    """Wake a waiter from the thread in which its flight ended; where its loop is closed, nobody waits."""
+    with suppress(RuntimeError):
+        loop.call_soon_threadsafe(_set, landing)
+
+
+def _set(landing: asyncio.Future[None]) -> None:
+    if not landing.done():
+        landing.set_result(None)
 
 
 def _worth(answer: Answer) -> int:

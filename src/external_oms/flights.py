@@ -18,14 +18,15 @@ import logging
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, InvalidStateError
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
 
 from external_oms.clock import Clock
 from external_oms.config import Failure, Reading, Snapshot
 from external_oms.errors import ReadError, Unavailable
-from external_oms.judgement import blocked_until, error_of, failure_after, is_metered, snapshot_after, stale_at
+from external_oms.judgement import error_of, failure_after, is_metered, snapshot_after, verdict
 from external_oms.signals import Signal
 from external_oms.stores.base import Busy, Lease, Metered, Record, Store
 from external_oms.workers import Runner
@@ -39,6 +40,8 @@ LEASE_GRACE_SECONDS = 2.0
 
 FOLLOW_SECONDS = 0.05
 """The longest wait for another process's result before looking again whether its lease is still held."""
+
+_DEFECT = "a read raised what it must not; this is a defect of external_oms, please report it"
 
 T = TypeVar("T")
 
@@ -183,6 +186,7 @@ class Flights:
         self._ttl_seconds = ttl_seconds
         self._timeout_seconds = timeout_seconds
         self._landed = landed
+        self._closed = False
         self._lanes = {tenant: _Lane() for tenant in tenants}
 
     def join(self, tenant: str, *, generation: int, newer_than: int, forced: bool = False) -> Flight:
@@ -196,6 +200,8 @@ class Flights:
         """
         lane = self._lanes[tenant]
         with lane.lock:
+            if self._closed:
+                return _unheard(Flight(tenant, forced=forced, newer_than=newer_than))
             flight = lane.flight
             if flight is not None and flight.generation is not None:
                 if not forced and flight.generation >= generation:
@@ -213,8 +219,15 @@ class Flights:
 
     def fly(self, flight: Flight) -> None:
         """Carry a flight to its end, or to where it is put off; on a reader thread."""
+        try:
+            self._carry(flight)
+        except Exception as error:  # whatever happens it must end, or its waiters and followers starve
+            logger.exception(_DEFECT)
+            self._end(self._lanes[flight.tenant], flight, _defect(error))
+
+    def _carry(self, flight: Flight) -> None:
         flight.until = self._clock.monotonic() + 2 * self._timeout_seconds
-        while True:
+        while not flight.done.done():  # a shutdown ends it from outside
             began = self.begin(flight)
             if began is None:
                 return
@@ -234,8 +247,7 @@ class Flights:
     def begin(self, flight: Flight) -> Lease | Pause | None:
         """Try to begin the read: the lease under which it runs, a pause to wait out, or None where the flight ended.
 
-        It ends without a read of its own where the record already holds what it is for: the result of another
-        process, or a failure that nobody may try again yet.
+        It ends without a read where the record already holds what it is for, or forbids one.
         """
         lane = self._lanes[flight.tenant]
         words, slot = self._store.watch(flight.tenant)
@@ -264,13 +276,10 @@ class Flights:
         return acquired
 
     def _end_by(self, lane: _Lane, flight: Flight, record: Record, *, began: Lease | None = None) -> bool:
-        """End the flight if the record already holds what it is for; else, with a lease, close it to newcomers.
-
-        Under the lock: a newcomer either strengthens the flight before this look, or finds it ended or begun.
-        """
+        """End the flight if the record already holds what it is for; else, with a lease, close it to newcomers."""
         now = self._clock.monotonic()
-        with lane.lock:
-            ended, error = _verdict(record, flight, now)
+        with lane.lock:  # a newcomer either strengthens the flight before this look, or finds it ended or begun
+            ended, error = verdict(record, newer_than=flight.newer_than, forced=flight.forced, now=now)
             follows = lane.detach(flight) if ended else None
             if began is not None and not ended:
                 flight.generation = began.record.generation
@@ -284,21 +293,24 @@ class Flights:
             return self._source(lease.tenant, known.etag if known is not None else None)
         except ReadError as error:
             return error
-        except Exception as error:  # a flight must end whatever happens, or its waiters and followers starve
-            logger.exception("reading the config API raised what it must not; please report this defect")
-            failure = Unavailable("the read failed by a defect of external_oms; the log has its traceback")
-            failure.__cause__ = error
-            return failure
+        except Exception as error:  # the failure is told and backs off like any other
+            logger.exception(_DEFECT)
+            return _defect(error)
 
     def complete(
         self, flight: Flight, lease: Lease, outcome: Reading | ReadError, *, read_at: float, read_at_wall: float
     ) -> bool:
         """Store what a read gave and end the flight; False where an invalidation overtook it and it begins again."""
         lane = self._lanes[flight.tenant]
+        if flight.done.done() and isinstance(outcome, ReadError):
+            self._store.release(lease)  # broken off by a shutdown, which says nothing of the API
+            return True
         stored = self._stored(lease, outcome, read_at=read_at, read_at_wall=read_at_wall)
         latency_seconds = self._clock.monotonic() - read_at
         if isinstance(stored, Failure):
             kept = self._store.fail(lease, stored)
+            if not kept and stored.obliged:  # no invalidation ends a wait that the API asked for
+                kept = self._store.fail(replace(lease, record=self._store.load(lease.tenant)), stored)
             error: ReadError | None = error_of(stored, now=self._clock.monotonic())
         else:
             kept, error = self._store.put(lease, stored), None
@@ -353,36 +365,35 @@ class Flights:
         self._lanes = {tenant: _Lane() for tenant in self._lanes}
 
     def close(self) -> None:
-        """Wake every waiter; whatever is still under way ends unheard."""
+        """Wake every waiter, now and until `reopen`; whatever is still under way ends unheard."""
+        self._closed = True
         lanes, self._lanes = self._lanes, {tenant: _Lane() for tenant in self._lanes}
         for lane in lanes.values():
             with lane.lock:
                 left = [flight for flight in (lane.flight, lane.following) if flight is not None]
             for flight in left:
-                _resolve(flight.done, Unavailable("the provider was shut down"))
-                _resolve(flight.heard, result=False)
+                _unheard(flight)
+
+    def reopen(self) -> None:
+        """Take flights again after `close`."""
+        self._closed = False
 
 
-def _verdict(record: Record, flight: Flight, now: float) -> tuple[bool, ReadError | None]:
-    """Whether the record ends a flight without a read of its own, and with which error."""
-    snapshot, failure = record.snapshot, record.failure
-    if failure is not None:
-        answers = failure.read_number > flight.newer_than and failure.generation >= record.generation
-        forbids = blocked_until(record) > now and (failure.obliged or not flight.forced)
-        if answers or forbids:
-            return True, error_of(failure, now=now)
-    ends = stale_at(record)
-    if snapshot is not None and ends is not None:
-        return (
-            snapshot.read_number > flight.newer_than and snapshot.generation >= record.generation and now < ends,
-            None,
-        )
-    return False, None
+def _defect(error: Exception) -> Unavailable:
+    """The failure that an error amounts to which nothing should have raised."""
+    failure = Unavailable("the read failed by a defect of external_oms; the log has its traceback")
+    failure.__cause__ = error
+    return failure
+
+
+def _unheard(flight: Flight) -> Flight:
+    """The flight, ended by a shutdown."""
+    _resolve(flight.done, Unavailable("the provider was shut down"))
+    _resolve(flight.heard, result=False)
+    return flight
 
 
 def _resolve(future: Future[T], result: T) -> None:
     """Give a future its result, unless it has one: a flight may end by itself and by a shutdown at once."""
-    try:
+    with suppress(InvalidStateError):
         future.set_result(result)
-    except InvalidStateError:
-        return

@@ -21,6 +21,7 @@ __all__ = [
     "freshness_of",
     "parse_retry_after",
     "settling_lifetime",
+    "spread_delay_seconds",
 ]
 
 SETTLING_FLOOR_SECONDS = 1.0
@@ -94,13 +95,34 @@ def freshness_of(stale_for_seconds: float, *, failing: bool, windows: Windows) -
     return Freshness.EXPIRED
 
 
-def early_seconds(lifetime_seconds: float) -> float:
-    """How many seconds before the end of its lifetime a value is read again in the background.
+def early_seconds(lifetime_seconds: float, random: float) -> float:
+    """How many seconds before the end of its lifetime one member of a fleet reads a value again in the background.
 
-    A twentieth, one second at the most: long enough for a read, so that a steady service never serves a stale value,
-    short enough that the API sees one read per lifetime.
+    A fortieth at least, half a second at the most: long enough for a read, so that a steady service never serves a
+    stale value, short enough that the API sees one read per lifetime. Beyond that an exponential draw: of any number of
+    members a few are first, and the others are still waiting when the value is there.
+
+    Args:
+        lifetime_seconds: The freshness lifetime, > 0.
+        random: A number in [0, 1).
+
+    Source: the draw is that of XFetch: Vattani, Chierichetti, Lowenstein, "Optimal Probabilistic Cache Stampede
+    Prevention", VLDB 2015.
     """
-    return min(1.0, lifetime_seconds / 20)
+    return min(1.0, lifetime_seconds / 20) * (0.5 - 0.1 * math.log1p(-random))
+
+
+def spread_delay_seconds(spread_seconds: float, random: float) -> float:
+    """How many seconds one member waits before it looks into what all have just been told.
+
+    The draw of `early_seconds` turned round: hardly anybody is at the beginning and most are at the end, so that of
+    any number up to a hundred thousand a few are first.
+
+    Args:
+        spread_seconds: The longest wait, >= 0; 0 where no others are told.
+        random: A number in [0, 1).
+    """
+    return spread_seconds * max(0.0, 1.0 + math.log1p(-random) / math.log(100_000))
 
 
 def backoff_seconds(failures: int, cap_seconds: float, random: float) -> float:

@@ -15,6 +15,7 @@ from external_oms.freshness import (
     early_seconds,
     freshness_of,
     settling_lifetime,
+    spread_delay_seconds,
 )
 from external_oms.stores.base import Lease, Record
 
@@ -32,6 +33,7 @@ __all__ = [
     "snapshot_after",
     "stale_at",
     "state_of",
+    "verdict",
 ]
 
 
@@ -181,25 +183,46 @@ def blocked_until(record: Record) -> float:
     return failure.not_before
 
 
+def verdict(record: Record, *, newer_than: int, forced: bool, now: float) -> tuple[bool, ReadError | None]:
+    """Whether the record makes a read needless or forbids it, and with which error.
+
+    Args:
+        record: The tenant's record.
+        newer_than: The number that the read must exceed.
+        forced: Whether our own patience does not bind; a wait that the API asked for always does.
+        now: The present moment, seconds on the monotonic clock.
+    """
+    snapshot, failure = record.snapshot, record.failure
+    if failure is not None:
+        answers = failure.read_number > newer_than and failure.generation >= record.generation
+        forbids = blocked_until(record) > now and (failure.obliged or not forced)
+        if answers or forbids:
+            return True, error_of(failure, now=now)
+    ends = stale_at(record)
+    if snapshot is None or ends is None:
+        return False, None
+    return snapshot.read_number > newer_than and snapshot.generation >= record.generation and now < ends, None
+
+
 def is_metered(record: Record) -> bool:
     """Whether the next read is caused by an invalidation, and so takes a token from the bucket."""
     known = [part.generation for part in (record.snapshot, record.failure) if part is not None]
     return record.reads > 0 and record.generation > max(known, default=0)
 
 
-def due_at(record: Record, *, now: float, random: float) -> float:
+def due_at(record: Record, *, now: float, random: float, spread_seconds: float = 0.0) -> float:
     """When, on the monotonic clock, the background should read next.
 
     Args:
         record: The tenant's record.
         now: The present moment.
-        random: A number in [0, 1): spreads the members of a fleet, so that one of them is first.
+        random: A number in [0, 1): spreads the members of a fleet, so that a few of them are first.
+        spread_seconds: Over how long to spread what all members learn at once: an invalidation, a failure.
     """
     ends = stale_at(record)
-    if ends is None or record.snapshot is None or record.failure is not None:
-        return max(now, blocked_until(record))
-    early = early_seconds(record.snapshot.lifetime_seconds)
-    return max(now, ends - early * (1.0 - random / 2))
+    if ends is None or record.snapshot is None or record.failure is not None or ends <= now:
+        return max(now, blocked_until(record)) + spread_delay_seconds(spread_seconds, random)
+    return max(now, ends - early_seconds(record.snapshot.lifetime_seconds, random))
 
 
 def snapshot_after(
@@ -256,7 +279,7 @@ def _outlasting(
     extended = min(ttl_seconds, read_at - known.read_at + lifetime_seconds)
     ends = known.read_at + extended
     # the background looks a little early: what is kept for less than that would be looked at again at once
-    if known.generation < lease.record.generation or ends - read_at <= early_seconds(extended):
+    if known.generation < lease.record.generation or ends - read_at <= 2 * early_seconds(extended, 0.0):
         raise LaggingAnswer(
             "the config API answers with an older updated_at than before; a replica lags, or its data was restored"
         )

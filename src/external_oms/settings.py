@@ -185,13 +185,12 @@ class Settings(BaseSettings):
             6000: a storm raises the generation each time and costs few reads, so this only bounds a flood.
         writes_per_minute: How often one name may switch, and how often have the API read, a minute. 60: as often as the API likes.
         logins_per_minute: How often one address may try to log in, a minute. 10: no person mistypes faster.
-        evaluations_per_minute: How often one key may evaluate over HTTP, a minute and process. 60000: no shop's orders come
-            close, and one key cannot keep the others out.
+        evaluations_per_minute: How often one key may evaluate over HTTP, a minute and process. 60000: no shop comes close.
         api_keys: `name:role:sha256-hex` entries of who may see (viewer), refresh (operator) and switch (admin).
         dashboard: Whether the page is served.
         metrics_open: Whether `/metrics` is served without a key.
         ofrep_origins: Browser origins that may call OFREP. None: no cross-origin access.
-        max_streams: Server-sent event streams at once in one process. 1000.
+        max_streams: Server-sent event streams at once in one process. 500: each holds a thread, of 4096 in many containers.
         trusted_proxies: Addresses or networks whose identity header is believed. None.
         identity_header: The header in which a trusted proxy names the person.
         identity_role: The role of a person so named.
@@ -248,7 +247,7 @@ class Settings(BaseSettings):
     dashboard: bool = True
     metrics_open: bool = False
     ofrep_origins: Texts = ()
-    max_streams: Annotated[int, Field(ge=0)] = 1000
+    max_streams: Annotated[int, Field(ge=0, le=10_000)] = 500
     trusted_proxies: Texts = ()
     identity_header: str = "X-Forwarded-User"
     identity_role: Literal["viewer", "operator", "admin"] = "viewer"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import threading
+import time
 from collections import Counter
 
 from flask import Flask, Response, jsonify, request
@@ -26,3 +28,33 @@ def evaluate() -> Response:
         details = client.get_boolean_details(FLAG_KEY, default_value=False)
         answers[f"{'on' if details.value else 'off'} {details.reason}"] += 1
     return jsonify(pid=os.getpid(), answers=answers)
+
+
+served: dict[int, float] = {}
+"""When this process first served each generation, on the host's monotonic clock."""
+
+slowest = 0.0
+"""The longest that an evaluation of the lookout took, in seconds."""
+
+
+def look_out() -> None:
+    """Evaluate every two milliseconds, as a busy service does."""
+    global slowest
+    while True:
+        began = time.monotonic()
+        details = client.get_boolean_details(FLAG_KEY, default_value=False)
+        ended = time.monotonic()
+        slowest = max(slowest, ended - began)
+        if not details.flag_metadata.get("stale", True):
+            served.setdefault(int(details.flag_metadata["generation"]), ended)
+        time.sleep(0.002)
+
+
+@app.get("/served")
+def tell_served() -> Response:
+    """When this process first served a generation; the first call begins to look out."""
+    if not any(thread.name == "lookout" for thread in threading.enumerate()):
+        threading.Thread(target=look_out, name="lookout", daemon=True).start()
+    generation = int(request.args.get("generation", "0"))
+    moments = [moment for found, moment in served.items() if found >= generation]
+    return jsonify(pid=os.getpid(), first=min(moments, default=None), slowest=slowest)

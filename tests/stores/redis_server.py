@@ -9,7 +9,7 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -60,9 +60,8 @@ def free_port() -> int:
         return int(taken.getsockname()[1])
 
 
-def until(condition: object, seconds: float = 10.0) -> float:
+def until(condition: Callable[[], object], seconds: float = 10.0) -> float:
     """Wait until a condition holds, with a deadline; returns how long it took."""
-    assert callable(condition)
     began = time.monotonic()
     while not condition():
         assert time.monotonic() - began < seconds, "it did not come true in time"
@@ -87,7 +86,8 @@ class RedisServer:
 
     def start(self) -> None:
         command = ["redis-server", "--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self._directory)]
-        command += ["--save", "", "--appendonly", "no", "--loglevel", "warning", *self._options]
+        command += ["--save", "", "--appendonly", "no", "--loglevel", "warning"]
+        command += ["--repl-diskless-sync-delay", "0", *self._options]
         self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         with self.client() as client:
             until(lambda: self._answers(client))
@@ -102,7 +102,7 @@ class RedisServer:
     @contextmanager
     def client(self) -> Iterator[redis.Redis]:
         """The test's own client."""
-        client = redis.Redis(port=self.port, decode_responses=True, socket_timeout=5, retry=None, protocol=2)
+        client = redis.Redis(port=self.port, decode_responses=True, socket_timeout=5, protocol=2)
         try:
             yield client
         finally:
@@ -132,6 +132,15 @@ class RedisServer:
             self._process.kill()
             self._process.wait()
             self._process = None
+
+    def keys(self, pattern: str = "*") -> list[str]:
+        with self.client() as client:
+            return [str(key) for key in client.scan_iter(pattern, count=1000)]
+
+    def field(self, key: str, field: str) -> str | None:
+        with self.client() as client:
+            found = client.hget(key, field)
+        return None if found is None else str(found)
 
     def restart(self) -> None:
         self.stop()
@@ -184,12 +193,15 @@ class RedisProxy:
                     if not (self.swallows or deaf.is_set()):
                         other[ready].sendall(received)
 
-    def deafen(self) -> int:
-        """Swallow everything on the connections there are now; new ones work. Returns how many there are."""
-        living = [deaf for near, _, deaf in self._pairs if near.fileno() >= 0]
-        for deaf in living:
+    @property
+    def living(self) -> int:
+        """How many connections pass bytes."""
+        return sum(near.fileno() >= 0 and not deaf.is_set() for near, _, deaf in self._pairs)
+
+    def deafen(self) -> None:
+        """Swallow everything on the connections there are now; new ones work."""
+        for _, _, deaf in self._pairs:
             deaf.set()
-        return len(living)
 
     def cut(self) -> None:
         """Close every connection."""

@@ -44,6 +44,13 @@ def test_the_hosts_own_mounts_can_be_read(tmp_path: Path) -> None:
     assert network_file_system(tmp_path, own_mountinfo()) is None
 
 
+def test_a_host_that_does_not_tell_its_mounts_has_none_that_are_known(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("external_oms.stores.host._MOUNTINFO", tmp_path / "absent")
+    assert network_file_system(tmp_path, own_mountinfo()) is None
+
+
 def test_the_boot_is_the_same_to_all_processes() -> None:
     script = "from external_oms.stores.host import boot_id; print(boot_id())"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=30, check=True)

@@ -15,6 +15,7 @@ from external_oms.stores import sqlite_file
 from external_oms.stores.base import Cause, Lease, Member, Store
 from external_oms.stores.sqlite import SqliteStore
 from external_oms.stores.sqlite_file import connect
+from external_oms.stores.sqlite_rows import MalformedRow
 from tests.conftest import FakeClock
 from tests.stores.contract import TENANT, event, failed, leased, seen, word
 
@@ -248,6 +249,7 @@ def test_a_lease_that_was_given_on_the_other_side_is_carried_on_there_and_fenced
     lease = leased(store)
     disk.become("read-only")
     assert store.put(lease, seen(lease, clock)) is True, "in memory: nobody came between"
+    store.release(leased(store))
     lease = leased(store)
     store.report([Member("host:1", TENANT, 0, True, "fresh", 0.0)])
     assert len(store.members()) == 1
@@ -370,7 +372,7 @@ def test_a_file_that_stays_damaged_is_given_up_for_memory(
     served(store, clock)
 
     def damaged(*_: object) -> object:
-        raise ValueError("not of ours")
+        raise MalformedRow
 
     monkeypatch.setattr("external_oms.stores.sqlite_rows.invalidate", damaged)
     assert store.invalidate(TENANT) > 0
@@ -410,7 +412,7 @@ def test_an_evaluation_never_waits_for_a_writer(store: SqliteStore, path: Path, 
 def test_a_writer_that_never_ends_is_not_waited_for_for_ever(
     store: SqliteStore, path: Path, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sqlite_file, "BUSY_ATTEMPTS", 1)
+    monkeypatch.setattr(sqlite_file, "BUSY_SECONDS", 0.02)
     with closing(sqlite3.connect(path, isolation_level=None)) as writer:
         writer.execute("BEGIN IMMEDIATE")
         assert store.invalidate(TENANT) == 1
@@ -491,6 +493,19 @@ def test_own_changes_are_not_told_as_those_of_others(store: SqliteStore, other: 
     other.invalidate(TENANT)
     store.invalidate(TENANT)
     assert store.changed() == (TENANT,)
+
+
+def test_a_poll_that_meets_damage_has_the_file_set_aside(
+    store: SqliteStore, path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store.invalidate(TENANT)
+    store.changed()
+    with closing(sqlite3.connect(path, isolation_level=None)) as database:
+        database.execute("DROP TABLE tenants")
+    store.changed()
+    assert store.changed() == (TENANT,)
+    assert store.load(TENANT).generation == 2
+    assert [record.levelname for record in caplog.records] == ["ERROR"]
 
 
 def test_polls_do_not_overlap(store: SqliteStore, other: SqliteStore) -> None:

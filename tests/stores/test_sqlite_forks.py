@@ -111,7 +111,7 @@ def test_a_child_that_dies_with_the_lease_leaves_it_free(store: SqliteStore) -> 
 
 def test_forks_at_any_moment_lose_nothing(store: SqliteStore, path: Path) -> None:
     """Threads invalidate, load and poll while children are forked, each of which invalidates once."""
-    forks, stop = 60, threading.Event()
+    forks, stop = 20, threading.Event()
     counts = [0, 0]
 
     def invalidate(number: int) -> None:

@@ -122,5 +122,5 @@ def alike(record: Record) -> Record:
     return replace(record, foreign=False)
 
 
-Twins.TestCase.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
+Twins.TestCase.settings = settings(max_examples=20, stateful_step_count=40, deadline=None)
 TestTwins = cast("type", Twins.TestCase)

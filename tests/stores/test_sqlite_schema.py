@@ -98,7 +98,26 @@ def test_another_programs_database_is_told(connection: sqlite3.Connection, clock
     assert connection.execute("PRAGMA journal_mode").fetchone() == ("delete",), "it was not touched"
 
 
-@pytest.mark.parametrize("snapshot", ["no JSON", "{}", "[]", '{"updated_at": null, "fetched_at": "yesterday"}'])
+def test_a_database_without_its_one_row_is_told(connection: sqlite3.Connection, clock: FakeClock) -> None:
+    bring_up(connection, boot="boot", clock=clock)
+    connection.execute("DELETE FROM service")
+    with pytest.raises(Unusable, match="identity"):
+        bring_up(connection, boot="boot", clock=clock)
+
+
+@pytest.mark.parametrize(
+    "failure", ["no JSON", "{}", "[]", '{"since": "yesterday"}', '{"since": "2026-01-01", "x": 1}']
+)
+def test_a_failure_that_is_not_of_ours_makes_the_file_unusable(
+    connection: sqlite3.Connection, clock: FakeClock, failure: str
+) -> None:
+    bring_up(connection, boot="boot", clock=clock)
+    connection.execute("INSERT INTO tenants VALUES ('acme', 1, 1, NULL, 1, NULL, '', ?, NULL, 0, '', 5, 0)", (failure,))
+    with pytest.raises(Unusable, match="a row"):
+        bring_up(connection, boot="boot", clock=clock)
+
+
+@pytest.mark.parametrize("snapshot", ["7", "no JSON", "{}", "[]", '{"updated_at": null, "fetched_at": "yesterday"}'])
 def test_a_row_that_is_not_of_ours_makes_the_file_unusable(
     connection: sqlite3.Connection, clock: FakeClock, snapshot: str
 ) -> None:

@@ -43,7 +43,7 @@ SENDERS = ("nobody", "stranger", "viewer", "operator", "admin", "deliverer")
 def described() -> Iterator[schemathesis.BaseSchema]:
     """The document of a running server as schemathesis reads it, with names of tenants that are there."""
     with ConfigAPIEmulator([TENANT, "globex"]) as api:
-        many = {"writes_per_minute": 1_000_000, "webhook_per_minute": 1_000_000}
+        many = {f"{what}_per_minute": 1_000_000 for what in ("writes", "webhook", "evaluations")}
         credentials = {"webhook_secrets": [SECRET], "webhook_api_keys": [BEARER], "api_keys": ENTRIES}
         app = create_app(api.settings(TENANT, "globex", **many, **credentials))
         parts = parts_of(app)
@@ -65,7 +65,7 @@ OPERATIONS = [
     (method.upper(), path)
     for path, item in openapi.document()["paths"].items()
     for method in item
-    if method != "parameters" and path != "/api/v1/events"  # a stream does not end; test_api.py reads it
+    if method != "parameters" and not path.endswith("/events")  # a stream does not end; other tests read it
 ]
 
 
@@ -89,12 +89,12 @@ def test_every_answer_to_anything_is_a_documented_one(
 
 def test_every_route_is_documented_and_every_documented_path_is_a_route(server: Server) -> None:
     routes = openapi.mounted_paths(server.app, "")
-    assert routes == set(openapi.document()["paths"])
+    assert routes - {"/ofrep/{rest}"} == set(openapi.document()["paths"])
 
 
 def test_every_method_of_a_route_is_documented_and_no_other(server: Server) -> None:
     for path, item in openapi.document()["paths"].items():
-        allowed = server.client.options(path.replace("{tenant}", TENANT)).headers["Allow"]
+        allowed = server.client.options(path.format(tenant=TENANT, key="external_oms_enabled")).headers["Allow"]
         assert set(allowed.split(", ")) - {"HEAD", "OPTIONS"} == {m.upper() for m in item if m != "parameters"}
 
 
@@ -131,7 +131,7 @@ def test_every_operation_says_who_may_and_has_a_name_of_its_own() -> None:
     assert len(set(names)) == len(names)
     assert all(re.fullmatch(r"[a-z]+", name) for name in names)
     for operation in operations:
-        assert ("x-role" in operation) == (operation["security"] == [{"bearer": []}, {"apiKey": []}])
+        assert ("x-role" in operation) == (operation["security"][:2] == [{"bearer": []}, {"apiKey": []}])
 
 
 def test_the_document_is_valid_openapi() -> None:

@@ -90,6 +90,7 @@ def fuzz(server: Server, caplog: pytest.LogCaptureFixture, *, number: int) -> di
     return statuses
 
 
+@pytest.mark.timeout(180)  # 6 s on an idle machine; coverage and busy cores multiply it
 def test_ten_thousand_malformed_deliveries_are_refused_and_change_nothing(
     start: StartServer, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -1,4 +1,4 @@
-"""`demo`: a flip in the config API, a delivery, and what every worker answers before and after, with the time it took."""
+"""`demo`: a flip in the config API, a delivery, and what every worker answers before and after, and how fast."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import click
 from rich.console import Console
@@ -21,6 +21,7 @@ from external_oms.cli.stage import TENANT, Heard, Stage
 from external_oms.clock import SYSTEM_CLOCK
 from external_oms.config import FLAG_KEY
 from external_oms.errors import Unavailable
+from external_oms.web.app import FLAGS
 from external_oms.web.webhook import PATH
 
 __all__ = ["demo"]
@@ -38,14 +39,24 @@ def demo(check: bool) -> None:
     Shows what every worker answers before and after, why, and how long each step took. Then it stays up, with what to
     try by curl, until Ctrl-C. It needs no settings, reads none, and leaves nothing behind.
     """
-    followed = False
+    followed: bool | None = None
     with endable(), Stage(WORKERS) as stage:
         followed = _play(stage)
         if not check:
             _print_what_to_try(stage)
-            wait_to_be_ended()
-    if check and not followed:
+            _stay()
+    if followed is None:
+        click.get_current_context().exit(Code.INTERRUPTED)
+    if not followed:
         click.get_current_context().exit(Code.FAILED)
+
+
+def _stay() -> None:
+    try:
+        wait_to_be_ended()
+    finally:
+        with suppress(OSError):  # the terminal may be what has ended
+            say("\nstopping …")
 
 
 def _play(stage: Stage) -> bool:
@@ -67,17 +78,17 @@ def _flip(stage: Stage) -> bool:
     before = stage.emulator.enabled()
     _title(1, "What every worker answers")
     _print_answers(stage.ask_all("POST", _EVALUATION, b"{}"))
-    began = time.monotonic()
-    stage.emulator.set_enabled(TENANT, not before)
-    took = time.monotonic() - began
-    _title(2, "The flag is switched in the config API:", flag(before), "→", flag(not before), cell(span(took), "dim"))
+    switched = stage.switch(not before)
+    took = cell(span(switched.seconds), "dim")
+    _title(2, "The flag is switched in the config API:", flag(before), "→", flag(not before), took)
     _print_answers(stage.ask_all("POST", _EVALUATION, b"{}"))
     say("  ", cell("nobody has told them; by themselves they look again within ttl_seconds (30)", "dim"))
     began = time.monotonic()
     delivered = _deliver(stage)
-    took = time.monotonic() - began
     style = "bold green" if delivered.status == http.client.OK else "bold red"
-    _title(3, f"A signed delivery: POST {PATH} →", cell(str(delivered.status), style), cell(span(took), "dim"))
+    _title(
+        3, f"A signed delivery: POST {PATH} →", cell(str(delivered.status), style), cell(span(delivered.seconds), "dim")
+    )
     say("  ", json.dumps(delivered.document))
     after = stage.ask_all("POST", _EVALUATION, b"{}")
     everyone = time.monotonic() - began
@@ -146,30 +157,26 @@ def _print_verdict(answers: int, old: int, seconds: float, *, followed: bool) ->
 
 
 def _print_what_to_try(stage: Stage) -> None:
-    key, json_type = f"-H 'Authorization: Bearer {stage.key}'", "-H 'Content-Type: application/json'"
-    control = f"{stage.emulator.origin}/_control/tenants/{TENANT}"
-    tries = (
-        ("What is known of the flag", f"curl {key} {stage.origin}/api/v1/tenants/{TENANT}"),
-        ("Evaluate it, as any OFREP client does", f"curl {key} {json_type} -d '{{}}' {stage.origin}{_EVALUATION}"),
-        ("Switch it behind everybody's back …", f"curl -X PUT {json_type} -d '{{\"enabled\": false}}' {control}"),
-        (
-            "… and deliver the news",
-            f"curl -H 'Authorization: Bearer {stage.webhook_key}' {json_type} -d '{{}}' {stage.origin}{PATH}",
-        ),
-        (
-            "Switch it through the server",
-            f'curl -X PUT {key} {json_type} -d \'{{"enabled": true, "reason": "demo"}}\' '
-            f"{stage.origin}/api/v1/tenants/{TENANT}",
-        ),
-        ("What happened", f"curl {key} {stage.origin}/api/v1/history"),
-        (
-            "Let the config API fail ten times",
-            f'curl {json_type} -d \'{{"status": 503, "times": 10}}\' {control}/faults',
-        ),
+    state, control = f"$SERVER/api/v1/tenants/{TENANT}", f"$API/_control/tenants/{TENANT}"
+    key = '-H "X-API-Key: $KEY"'
+    tries: tuple[tuple[str, str], ...] = (
+        ("Where everything is in this run", f"KEY={stage.key}"),
+        ("", f"WEBHOOK_KEY={stage.webhook_key}"),
+        ("", f"SERVER={stage.origin} API={stage.emulator.origin}"),
+        ("What is known of the flag", f"curl {key} {state}"),
+        ("Evaluate it, as any OFREP client does", f"curl {key} --json '{{}}' $SERVER{_EVALUATION}"),
+        ("Switch it behind everybody's back …", f"curl -X PUT --json '{{\"enabled\": false}}' {control}"),
+        ("… and deliver the news", f"curl -H \"Authorization: Bearer $WEBHOOK_KEY\" --json '{{}}' $SERVER{PATH}"),
+        ("Switch it through the server", f'curl -X PUT {key} --json \'{{"enabled": true, "reason": "demo"}}\' {state}'),
+        ("What happened", f"curl {key} $SERVER/api/v1/history"),
+        ("Let the config API fail ten times", f'curl --json \'{{"status": 503, "times": 10}}\' {control}/faults'),
     )
     say()
     say(cell("It stays up until Ctrl-C. Try:", "bold"))
+    if "dashboard" in FLAGS:
+        tries += (("See it in a browser; log in with that KEY", f"{stage.origin}/"),)
     for what, command in tries:
-        say()
-        say("  ", cell(f"# {what}", "dim"))
+        if what:
+            say()
+            say("  ", cell(f"# {what}", "dim"))
         say("  ", command)

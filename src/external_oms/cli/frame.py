@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import getpass
+import io
 import os
 import re
 import sys
@@ -57,6 +58,8 @@ class Edge(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:  # noqa: ANN401 - click's own form
         """Run the command, and fail in words."""
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="replace")  # a terminal that knows no arrow must not end a command
         try:
             result = super().invoke(ctx)
             sys.stdout.flush()

@@ -9,6 +9,7 @@ from datetime import datetime
 
 import click
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -16,6 +17,12 @@ __all__ = ["Cell", "ago", "cell", "clock_time", "flag", "moment", "print_json", 
 
 Cell = Text
 """A piece of text with its colour."""
+
+WRAPPED_FROM = 30
+"""Characters: a column with a longer text gives way in a narrow terminal, the others do not."""
+
+UNBOUNDED = 10_000
+"""Characters; wider than any table here."""
 
 _MINUTE, _HOUR, _DAY = 60.0, 3600.0, 86_400.0
 
@@ -53,8 +60,9 @@ def ago(seconds: float | None) -> str:
 
 
 def moment(when: datetime | None) -> str:
-    """A moment in the reader's own time, with its offset."""
-    return "" if when is None else when.astimezone().strftime("%Y-%m-%d %H:%M:%S %z")
+    """A moment in the reader's own time; in a pipe with its offset from UTC, for who reads it may be elsewhere."""
+    form = "%Y-%m-%d %H:%M:%S" if sys.stdout.isatty() else "%Y-%m-%d %H:%M:%S %z"
+    return "" if when is None else when.astimezone().strftime(form)
 
 
 def clock_time(when: datetime) -> str:
@@ -83,11 +91,14 @@ def print_table(heads: Sequence[str], rows: Iterable[Sequence[str | Cell]]) -> N
     if sys.stdout.isatty():
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
         for place in shown:
-            widest = place == shown[-1]
-            table.add_column(heads[place], no_wrap=not widest, overflow="fold")
+            longest = max((len(row[place].plain) for row in texts), default=0)
+            table.add_column(heads[place], no_wrap=longest <= WRAPPED_FROM, overflow="fold")
         for row in texts:
             table.add_row(*(row[place] for place in shown))
-        _console().print(table)
+        console = _console()
+        # never narrower than its words: what a small terminal cannot hold goes onto its next line, and nothing is cut
+        needed = Measurement.get(console, console.options.update(max_width=UNBOUNDED), table).minimum
+        console.print(table, width=max(console.width, needed), crop=False)
         return
     lines = [[heads[place] for place in shown], *([row[place].plain or "-" for place in shown] for row in texts)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(shown))]

@@ -109,9 +109,7 @@ def _print_emulator(emulator: ConfigAPIEmulator) -> None:
         click.echo(f"export {name}={shlex.quote(value)}")
     control = f"{emulator.origin}/_control/tenants/{emulator.tenants[0]}"
     click.echo(f"# {FLAG_KEY} at {emulator.origin}, until Ctrl-C. Switch it behind everybody's back:")
-    click.echo(f"""#   curl -X PUT {control} -H 'Content-Type: application/json' -d '{{"enabled": true}}'""")
+    click.echo(f"""#   curl -X PUT --json '{{"enabled": true}}' {control}""")
     click.echo("# Let it misbehave, and behave again:")
-    click.echo(
-        f"""#   curl -X POST {control}/faults -H 'Content-Type: application/json' -d '{{"status": 503, "times": 10}}'"""
-    )
+    click.echo(f"""#   curl --json '{{"status": 503, "times": 10}}' {control}/faults""")
     click.echo(f"#   curl -X DELETE {control}/faults")

@@ -21,6 +21,7 @@ from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import Self
 
+from external_oms.cli.endings import uninterrupted
 from external_oms.cli.reaching import environment_of
 from external_oms.emulator import ConfigAPIEmulator
 from external_oms.errors import Unavailable
@@ -35,11 +36,13 @@ TENANT = "acme-staging"
 START_SECONDS = 30.0
 """How long the server may take to start; on an idle machine it takes about one second."""
 
-STOP_SECONDS = 5.0
-"""How long it may take to stop before it is killed."""
+STOP_SECONDS = 15.0
+"""How long it may take to stop before it is killed: longer than its own grace; an idle machine takes half a second."""
 
 ROUND_SECONDS = 10.0
 """How long to go on asking until every worker has answered."""
+
+_JSON = "application/json"
 
 BURST = 8
 """Requests at once, each over a connection of its own: the kernel gives one after the other to whoever is idle, so a
@@ -119,15 +122,16 @@ class Stage:
             command = [sys.executable, "-P", "-m", "external_oms", "serve", "--name-members"]
             command += ["--bind", f"fd://{line.fileno()}", "--workers", str(self._workers)]
             self._open.callback(self._stop_server)
-            self._server = subprocess.Popen(  # noqa: S603 - our own module, by this interpreter
-                command,
-                env=self._environment(place),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                pass_fds=(line.fileno(),),
-                start_new_session=True,  # so that Ctrl-C reaches it through us, in order
-            )
+            with uninterrupted():  # else a process could have been made that nobody knows
+                self._server = subprocess.Popen(  # noqa: S603 - our own module, by this interpreter
+                    command,
+                    env=self._environment(place),
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    pass_fds=(line.fileno(),),
+                    start_new_session=True,  # so that Ctrl-C reaches it through us, in order
+                )
         self._wait_until_ready()
 
     def _environment(self, place: Path) -> dict[str, str]:
@@ -177,31 +181,25 @@ class Stage:
 
     # -- asking ---------------------------------------------------------------------------------------------------
 
-    def ask(self, method: str, path: str, body: bytes | None = None, headers: Mapping[str, str] | None = None) -> Heard:
-        """Ask the server, over a new connection.
+    def switch(self, enabled: bool) -> Heard:
+        """Change the value in the config API, as another client of it does.
 
         Raises:
             OSError: No answer came.
             http.client.HTTPException: What came was none.
         """
-        sent = (
-            {"Authorization": f"Bearer {self.key}", "Content-Type": "application/json"} if headers is None else headers
-        )
-        began = time.monotonic()
-        line = http.client.HTTPConnection("127.0.0.1", self._port, timeout=ROUND_SECONDS)
-        try:
-            line.request(method, path, body, {**sent, "Connection": "close"})
-            answer = line.getresponse()
-            received = answer.read()
-        finally:
-            line.close()
-        took = time.monotonic() - began
-        try:
-            document = json.loads(received)
-        except ValueError:
-            document = None
-        member = answer.headers.get(MEMBER_HEADER, "")
-        return Heard(member, answer.status, document if isinstance(document, dict) else {}, took)
+        body = json.dumps({"enabled": enabled}).encode()
+        return _asked(self.emulator.origin, "PUT", f"/_control/tenants/{TENANT}", body, {"Content-Type": _JSON})
+
+    def ask(self, method: str, path: str, body: bytes | None = None, headers: Mapping[str, str] | None = None) -> Heard:
+        """Ask the server; without headers, as the admin whose key this is.
+
+        Raises:
+            OSError: No answer came.
+            http.client.HTTPException: What came was none.
+        """
+        own = {"Authorization": f"Bearer {self.key}", "Content-Type": _JSON}
+        return _asked(self.origin, method, path, body, own if headers is None else headers)
 
     def ask_all(self, method: str, path: str, body: bytes | None = None) -> list[Heard]:
         """Ask, in bursts, until every worker has answered; all the answers.
@@ -218,3 +216,22 @@ class Stage:
                     raise TimeoutError("not every worker of the demo has answered")
                 heard += threads.map(lambda _: self.ask(method, path, body), range(BURST))
         return heard
+
+
+def _asked(origin: str, method: str, path: str, body: bytes | None, headers: Mapping[str, str]) -> Heard:
+    """One exchange over a connection of its own, never by a proxy."""
+    began = time.monotonic()
+    line = http.client.HTTPConnection(origin.removeprefix("http://"), timeout=ROUND_SECONDS)
+    try:
+        line.request(method, path, body, {**headers, "Connection": "close"})
+        answer = line.getresponse()
+        received = answer.read()
+    finally:
+        line.close()
+    took = time.monotonic() - began
+    try:
+        document = json.loads(received)
+    except ValueError:
+        document = None
+    told = document if isinstance(document, dict) else {}
+    return Heard(answer.headers.get(MEMBER_HEADER, ""), answer.status, told, took)

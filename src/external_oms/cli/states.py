@@ -28,7 +28,7 @@ MAX_TENANTS_AT_ONCE = 16
 
 _COLOURS = {Freshness.FRESH: "green", Freshness.STALE: "yellow", Freshness.EXPIRED: "red"}
 
-Essence = tuple[bool | None, Freshness, int, datetime | None, str | None]
+Essence = tuple[bool | None, Freshness, int, datetime | None, datetime | None]
 
 
 @click.command()
@@ -70,7 +70,7 @@ def _present(service: Service, tenants: Sequence[str]) -> list[State]:
 
 
 def _print_states(states: Sequence[State]) -> None:
-    heads = ("TENANT", "FLAG", "FRESHNESS", "AGE", "GENERATION", "READ", "CHANGED UPSTREAM", "FROM")
+    heads = ("TENANT", "FLAG", "FRESHNESS", "AGE", "GENERATION", "CHANGED UPSTREAM", "FROM")
     print_table(heads, [_row(state) for state in states])
     for state in states:
         if state.last_error is not None:
@@ -84,7 +84,6 @@ def _row(state: State) -> tuple[str | Cell, ...]:
         _freshness(state),
         ago(state.age_seconds),
         str(state.generation),
-        moment(state.fetched_at),
         moment(state.updated_at),
         state.source.value if state.enabled is not None else "",
     )
@@ -92,7 +91,7 @@ def _row(state: State) -> tuple[str | Cell, ...]:
 
 def _freshness(state: State) -> Cell:
     left = state.fresh_seconds
-    more = f" for {ago(left)}" if left is not None and state.freshness is Freshness.FRESH else ""
+    more = f" {ago(left)}" if left is not None and state.freshness is Freshness.FRESH else ""
     return cell(state.freshness.value + more, _COLOURS[state.freshness])
 
 
@@ -130,8 +129,8 @@ def watch(tenant: str | None, as_json: bool) -> None:
 
 
 def _essence(state: State) -> Essence:
-    """What of a state is worth a line when it changes; another read of the same value is not."""
-    return state.enabled, state.freshness, state.generation, state.updated_at, state.last_error
+    """What of a state is worth a line when it changes; another read of the same value, or another failure in a row, is not."""
+    return state.enabled, state.freshness, state.generation, state.updated_at, state.failing_since
 
 
 def _print_change(state: State, now_wall: float, *, as_json: bool) -> None:

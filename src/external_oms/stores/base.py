@@ -187,8 +187,15 @@ class Store(Protocol):
     poll_seconds: float | None
     """How often `changed` wants to be asked, in seconds; None where nobody else can change anything."""
 
+    spread_seconds: float
+    """Over how long members spread their look into what all learn at once, in seconds; 0 where they are few."""
+
     def watch(self, tenant: str) -> tuple[Sequence[int], int]:
-        """The word that changes with the tenant's record, as a sequence and the index in it."""
+        """The word that changes with the tenant's record, as a sequence and the index in it.
+
+        A word may move, as when a damaged file is replaced. The old one is changed then, for the last time; so whoever
+        sees a word change asks for its place again, and remembers what stands there, before the record is loaded.
+        """
         ...
 
     def load(self, tenant: str) -> Record:

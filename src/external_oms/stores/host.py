@@ -42,6 +42,7 @@ NETWORK_FILE_SYSTEMS = frozenset(
 """File systems whose pages and locks other hosts do not share: a mapped word there is seen by one host alone."""
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+_MOUNTINFO = Path("/proc/self/mountinfo")
 _OCTAL = re.compile(r"\\([0-7]{3})")
 
 
@@ -110,6 +111,6 @@ def network_file_system(directory: Path, mountinfo: str) -> str | None:
 def own_mountinfo() -> str:
     """What is mounted where, as this process sees it; empty where the host does not say."""
     try:
-        return Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="replace")
+        return _MOUNTINFO.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""

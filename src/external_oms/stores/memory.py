@@ -48,6 +48,7 @@ class MemoryStore:
 
     kind = "memory"
     poll_seconds: float | None = None
+    spread_seconds = 0.0
 
     def __init__(
         self,

@@ -71,6 +71,9 @@ class RedisStore:
 
     kind = "redis"
     poll_seconds: float | None = 1.0
+    spread_seconds = 1.0
+    """One second: whoever invalidates reads at once, so that the others need to look only where it died meanwhile; of a
+    hundred thousand members that have to, a handful then ask for the lease before the first has an answer."""
 
     def __init__(  # noqa: PLR0913 - one more than elsewhere: a ready client stands beside the url
         self,
@@ -87,6 +90,7 @@ class RedisStore:
     ) -> None:
         if (url is None) == (client is None):
             raise TypeError("give RedisStore a url or a client, not both and not neither")
+        self.prefix = prefix
         timeout_seconds = timeout_of(bound_seconds)
         self._link = Link(
             (lambda: client) if client is not None else (lambda: connect(url or "", timeout_seconds=timeout_seconds)),
@@ -149,6 +153,11 @@ class RedisStore:
     def health(self) -> Health:
         """Whether Redis answers."""
         return self._link.health()
+
+    @property
+    def is_hearing(self) -> bool:
+        """Whether the fleet's messages arrive, as far as the last PING has told."""
+        return self._follower.is_hearing
 
     @property
     def verified_until(self) -> float:

@@ -17,8 +17,9 @@ __all__ = ["FAILURES", "Client", "Pipeline", "PubSub", "connect"]
 
 SENTINEL_PORT = 26_379
 
-FAILURES: tuple[type[Exception], ...] = (RedisError, RedisClusterException, ChildDeadlockedError, OSError)
-"""Everything that redis-py raises; not all of it descends from its RedisError."""
+FAILURES: tuple[type[Exception], ...] = (RedisError, RedisClusterException, ChildDeadlockedError, OSError, ValueError)
+"""Everything that redis-py raises: not all of it descends from its RedisError, and a connection that another thread
+closes meanwhile raises ValueError, for its buffer is closed."""
 
 
 class PubSub(Protocol):

@@ -183,7 +183,8 @@ class Exchange:
             debt = debts[tenant]
             never = not stamp.epoch and not debt.stamp.epoch  # nobody has used it yet
             if debt.owes or debt.offer or not (never or stamp == debt.stamp):
-                differing.append((tenant, stamp.epoch != debt.stamp.epoch))
+                forgot = stamp.epoch != debt.stamp.epoch or stamp.revision < debt.stamp.revision
+                differing.append((tenant, forgot))
         remaining = iter(differing)
         while chunk := list(islice(remaining, CALLS_AT_ONCE)):
             self._bring_in_step(dict(chunk))

@@ -192,13 +192,14 @@ class Mirror(MemoryStore):
                 and remote.stamp == known
             )
             # an answer to our own change, made to what we knew, brings nothing that others did
-            ours_alone = asked is not None and (remote.was, remote.stamp.epoch) == (tie.revision, tie.epoch)
+            ours_alone = asked is not None and remote.was == tie.revision
             news = verdict is Verdict.ADOPTED and not ours_alone
             if verdict is Verdict.ADOPTED or refused:
                 _pay(tie, cell.record, asked)
+                lost = bool(tie.epoch) and (remote.stamp.epoch != tie.epoch or remote.was < tie.revision)
                 tie.epoch, tie.revision = remote.stamp.epoch, remote.stamp.revision
                 ours = cell.record.snapshot
-                merged = _merged(cell.record, remote.record, own, keep=tie.offers)
+                merged = _merged(cell.record, remote.record, own, keep=tie.offers or lost)
                 tie.offers = (
                     ours is not None and merged.snapshot is ours and not _is_same_read(ours, remote.record.snapshot)
                 )

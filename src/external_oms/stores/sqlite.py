@@ -54,6 +54,9 @@ class SqliteStore:
     poll_seconds: float | None = 0.025
     """25 ms: a value that changed elsewhere is announced before a person could notice; a poll takes microseconds."""
 
+    spread_seconds = 0.0
+    """The processes of one host are few, and one that finds the lease taken waits on the page: nothing to spread."""
+
     def __init__(
         self,
         path: Path,

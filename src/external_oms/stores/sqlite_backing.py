@@ -30,7 +30,7 @@ from external_oms.stores.memory import MemoryStore
 from external_oms.stores.page import Page
 from external_oms.stores.sqlite_file import BeingOpened, Connect, StateFile, check_place, open_state
 from external_oms.stores.sqlite_journal import Caps
-from external_oms.stores.sqlite_rows import Outcome, Writer
+from external_oms.stores.sqlite_rows import MalformedRow, Outcome, Writer
 from external_oms.stores.sqlite_schema import is_damage
 
 __all__ = ["Backing"]
@@ -116,7 +116,7 @@ class Backing:
             if file is not None:
                 try:
                     revision, record = file.read(partial(sqlite_rows.load, tenant=tenant, reader=self.writer.name))
-                except (sqlite3.Error, ValueError, KeyError, TypeError) as error:
+                except (sqlite3.Error, MalformedRow) as error:
                     logger.debug("%s could not be read at this moment: %s", self._path, type(error).__name__)
                 else:
                     self._note(tenant, revision, record)
@@ -165,11 +165,11 @@ class Backing:
         return self._do(on_file, meanwhile)
 
     def write(self, work: Callable[[sqlite3.Connection], T], in_memory: Callable[[MemoryStore], T]) -> T:
-        """Write what does not concern a record."""
+        """Write something else."""
         return self._do(lambda file: file.write(work), in_memory)
 
     def read(self, work: Callable[[sqlite3.Connection], T], in_memory: Callable[[MemoryStore], T]) -> T:
-        """Read what does not concern a record."""
+        """Read something else."""
         return self._do(lambda file: file.read(work), in_memory)
 
     def changed(self) -> Sequence[str]:
@@ -214,7 +214,7 @@ class Backing:
                     continue
                 try:
                     result = on_file(file)
-                except (sqlite3.Error, ValueError, KeyError, TypeError) as error:
+                except (sqlite3.Error, MalformedRow) as error:
                     self._mishap(file, error)
                     continue
                 if not file.moved():
@@ -287,11 +287,10 @@ class Backing:
         self.health = Health()
         for tenant, outcome in merged:
             self._note(tenant, outcome.after, outcome.record)
+            file.page.announce(tenant, outcome.after)
         self._told.clear()
         self._untold.update(self._known)
-        former.touch_all()  # whoever looks at the former page, in whichever process, comes for the new one
-        for tenant in self._known:
-            file.page.touch(tenant)
+        former.touch_all()  # whoever looks at the former page, in whichever process, asks for the place of its word
         for sentence in set_aside:
             logger.error("%s", sentence)
         if memory is not None:
@@ -337,8 +336,8 @@ class Backing:
         self.health = Health(ok=False, problem=f"{self._path} cannot be used and nothing is shared: {reason}")
         if self._memory is not None:
             return self._memory
+        certain = self._file is not None and self._read_once_more(self._file)
         if self._file is not None:
-            self._read_once_more(self._file)
             self._file.close()
         self._file = None
         memory = MemoryStore(
@@ -349,7 +348,7 @@ class Backing:
         )
         self._cut_off = {tenant: record for tenant, (_, record) in self._known.items()}
         for tenant, (revision, _) in self._known.items():
-            if self.page.word(tenant) != revision:  # somebody changed it and it cannot be known how
+            if not certain and self.page.word(tenant) != revision:  # somebody changed it, nobody knows how
                 memory.invalidate(tenant)
             self.page.touch(tenant)
         self._untold.update(self._known)
@@ -357,11 +356,14 @@ class Backing:
         logger.warning("%s cannot be used, working in memory until it can: %s", self._path, reason)
         return memory
 
-    def _read_once_more(self, file: StateFile) -> None:
-        """A disk that is full or read-only can still be read: what others changed last is known then."""
-        with suppress(sqlite3.Error, ValueError, KeyError, TypeError):
+    def _read_once_more(self, file: StateFile) -> bool:
+        """Whether the file could still be read, as a full or read-only disk can: what others did last is known then."""
+        try:
             for tenant in file.read(sqlite_rows.revisions):
                 self._note(tenant, *file.read(partial(sqlite_rows.load, tenant=tenant, reader=self.writer.name)))
+        except (sqlite3.Error, MalformedRow):
+            return False
+        return True
 
     # -- forks and the end ------------------------------------------------------------------------------------------
 

@@ -29,11 +29,12 @@ if sys.platform != "win32":
 
 __all__ = ["BeingOpened", "Connect", "Opened", "StateFile", "check_place", "connect", "open_state"]
 
-BUSY_SECONDS = 0.25
-"""How long one attempt to write waits for another process's transaction; a transaction takes well under 1 ms."""
+BUSY_SECONDS = 2.0
+"""How long a writer waits for other processes' transactions: one takes well under 1 ms, so one is stuck by then."""
 
-BUSY_ATTEMPTS = 8
-"""Attempts before the database counts as stuck: SQLite's waiting is not fair, and a storm must not look like one."""
+FIRST_PAUSE_SECONDS = 0.0005
+LAST_PAUSE_SECONDS = 0.004
+"""How often a writer tries: SQLite's own waiting sleeps up to 100 ms, and starves where others write all the time."""
 
 IDLE_CONNECTIONS = 8
 """Connections kept open between operations, of readers and of writers; what a burst needs beyond is closed after it."""
@@ -119,7 +120,7 @@ class StateFile:
         self.identity = identity
         self.page = page
         self._readers = _Pool(lambda: connect(path, 0.0))
-        self._writers = _Pool(lambda: connect(path, BUSY_SECONDS))
+        self._writers = _Pool(lambda: connect(path, 0.0))
         self._poller = _Pool(lambda: connect(path, 0.0))
         self._version: tuple[int, int] | None = None
 
@@ -136,16 +137,18 @@ class StateFile:
         """Do it in one transaction; when this returns it is committed.
 
         Raises:
-            sqlite3.Error: It was rolled back; others kept it waiting for `BUSY_SECONDS * BUSY_ATTEMPTS`, at most.
+            sqlite3.Error: It was rolled back; others kept it waiting for `BUSY_SECONDS`, at most.
         """
-        for attempt in range(1, BUSY_ATTEMPTS + 1):
+        until, pause = time.monotonic() + BUSY_SECONDS, FIRST_PAUSE_SECONDS
+        while True:
             try:
                 with self._writers.lend() as connection, transaction(connection):
                     return work(connection)
             except sqlite3.OperationalError as error:
-                if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or attempt == BUSY_ATTEMPTS:
+                if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() >= until:
                     raise
-        raise AssertionError  # pragma: no cover - the last attempt returns or raises
+            time.sleep(pause)
+            pause = min(2 * pause, LAST_PAUSE_SECONDS)
 
     def poll(self, work: Callable[[sqlite3.Connection], T]) -> T | None:
         """Read, but only where anything was committed since the last call; by one thread at a time.

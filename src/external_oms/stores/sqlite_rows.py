@@ -19,6 +19,7 @@ from external_oms.stores.base import Acquired, Busy, Lease, Metered, Record
 from external_oms.stores.host import is_gone
 
 __all__ = [
+    "MalformedRow",
     "Outcome",
     "Writer",
     "acquire",
@@ -33,6 +34,10 @@ __all__ = [
 ]
 
 T = TypeVar("T")
+
+
+class MalformedRow(Exception):
+    """A row is not as this package writes it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,17 +114,23 @@ def _plain(part: object) -> object:
 
 
 def _parse_snapshot(text: str) -> Snapshot:
-    parts = json.loads(text)
-    updated_at = parts.pop("updated_at")
-    return Snapshot(
-        **parts | {"fetched_at": datetime.fromisoformat(parts["fetched_at"])},
-        updated_at=None if updated_at is None else datetime.fromisoformat(updated_at),
-    )
+    try:
+        parts = json.loads(text)
+        updated_at = parts.pop("updated_at")
+        return Snapshot(
+            **parts | {"fetched_at": datetime.fromisoformat(parts["fetched_at"])},
+            updated_at=None if updated_at is None else datetime.fromisoformat(updated_at),
+        )
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise MalformedRow from error
 
 
 def _parse_failure(text: str) -> Failure:
-    parts = json.loads(text)
-    return Failure(**parts | {"since": datetime.fromisoformat(parts["since"])})
+    try:
+        parts = json.loads(text)
+        return Failure(**parts | {"since": datetime.fromisoformat(parts["since"])})
+    except (ValueError, LookupError, TypeError) as error:
+        raise MalformedRow from error
 
 
 def _rows(connection: sqlite3.Connection) -> list[_Row]:
@@ -160,7 +171,7 @@ def check(connection: sqlite3.Connection) -> None:
     """Read every tenant's record.
 
     Raises:
-        ValueError: One is not of ours; KeyError or TypeError where parts of it are missing or too many.
+        MalformedRow: One is not as this package writes it.
     """
     for row in _rows(connection):
         row.record("")

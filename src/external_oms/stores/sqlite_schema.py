@@ -107,19 +107,20 @@ def bring_up(
         _refuse_foreign(connection)
         if connection.execute("PRAGMA journal_mode = WAL").fetchone()[0] != "wal":
             raise StoreError("its file system has no shared memory for a write-ahead log; name a local directory")
-        with transaction(connection):
-            migrate(connection, migrations)
+        # nothing is written where nothing is to be changed: opening does not queue behind a storm of writers
+        if _number(connection, "PRAGMA user_version") != len(migrations):
+            with transaction(connection):
+                migrate(connection, migrations)
         if connection.execute("PRAGMA quick_check(1)").fetchone()[0] != "ok":
             raise Unusable("its pages contradict each other")
         sqlite_rows.check(connection)
-        with transaction(connection):
-            (known,) = connection.execute("SELECT boot FROM service").fetchone()
-            if known != boot:
+        if connection.execute("SELECT boot FROM service").fetchone() != (boot,):
+            with transaction(connection):
                 sqlite_rows.adopt(connection, clock)
                 connection.execute("DELETE FROM members")
                 connection.execute("UPDATE service SET boot = ?", (boot,))
         return identity(connection)
-    except (TypeError, ValueError, KeyError) as error:
+    except sqlite_rows.MalformedRow as error:
         raise Unusable("a row in it is not one of ours") from error
 
 
@@ -138,8 +139,10 @@ def is_damage(error: sqlite3.Error) -> bool:
 
 def identity(connection: sqlite3.Connection) -> bytes:
     """The 16 bytes that tell this database from every other."""
-    (text,) = connection.execute("SELECT identity FROM service").fetchone()
-    return bytes.fromhex(text)
+    found = connection.execute("SELECT identity FROM service").fetchone()
+    if found is None:
+        raise Unusable("it has lost its identity")
+    return bytes.fromhex(found[0])
 
 
 def _number(connection: sqlite3.Connection, statement: str) -> int:

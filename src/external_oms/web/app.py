@@ -66,7 +66,7 @@ def create_app(
     app.config["MAX_CONTENT_LENGTH"] = settings.webhook_max_bytes
     report_problems(app)
     parts = mount(app, provider or ExternalOMSProvider(settings), settings, flags=flags, url_prefix=url_prefix)
-    parts.service.cache.start()
+    parts.service.cache.start()  # nobody evaluates before the load balancer has found this process ready
     return app
 
 

@@ -24,17 +24,18 @@ def raw_body(asked: Request, *, max_bytes: int) -> bytes:
     Raises:
         Problem: 413: there are more.
     """
-    too_large = Problem(413, f"the body is larger than {max_bytes} bytes")
-    asked.max_content_length = (
-        max_bytes + 1
-    )  # of a body in chunks, werkzeug reads so much and drops the rest in silence
+    asked.max_content_length = max_bytes + 1  # of a body in chunks, werkzeug reads so much and drops the rest unseen
     try:
         body = asked.get_data(cache=True, parse_form_data=False)
     except RequestEntityTooLarge as error:
-        raise too_large from error
+        raise _too_large(max_bytes) from error
     if len(body) > max_bytes:
-        raise too_large
+        raise _too_large(max_bytes)
     return body
+
+
+def _too_large(max_bytes: int) -> Problem:
+    return Problem(413, f"the body is larger than {max_bytes} bytes")
 
 
 def demand_json_type(asked: Request) -> None:
@@ -56,7 +57,7 @@ def json_object(body: bytes) -> dict[str, JSON]:
             readers of such an object may see two different things.
     """
     try:
-        parsed = json.loads(body.decode("utf-8"), object_pairs_hook=_named_once, parse_constant=_refused)
+        parsed: JSON = _DECODER.decode(body.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise Problem(400, "the body is not a JSON object in UTF-8 with each name once") from error
     if not isinstance(parsed, dict):
@@ -73,3 +74,7 @@ def _named_once(pairs: list[tuple[str, JSON]]) -> dict[str, JSON]:
 
 def _refused(constant: str) -> NoReturn:
     raise ValueError(f"{constant} is not JSON")
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_named_once, parse_constant=_refused)
+"""Made once: `json.loads` makes one for each call that asks for anything but the plain rules."""

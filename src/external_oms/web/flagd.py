@@ -31,7 +31,7 @@ def blueprint(parts: Parts) -> Blueprint:
 
     def flags() -> Response:
         who = demand(Role.VIEWER)
-        parts.limits.take("evaluate", who.name, per_minute=parts.settings.evaluations_per_minute, alone=True)
+        parts.limits.take_here("evaluate", who.name, per_minute=parts.settings.evaluations_per_minute)
         named = request.args.get("tenant")
         tenants = cache.tenants if named is None else (cache.tenant_of(named),)
         shape = definition([cache.lookup(tenant) for tenant in tenants], parts.settings)

@@ -123,7 +123,7 @@ def _admitted(parts: Parts) -> Identity:
         Problem: 401, 403 or 429.
     """
     who = demand(Role.VIEWER)
-    parts.limits.take("evaluate", who.name, per_minute=parts.settings.evaluations_per_minute, alone=True)
+    parts.limits.take_here("evaluate", who.name, per_minute=parts.settings.evaluations_per_minute)
     return who
 
 

@@ -1,8 +1,10 @@
 """The server as processes: gunicorn, several workers, each with the whole app; how many and of which kind is said here.
 
-Threads, because an event stream holds one for as long as a page is open, and because no evaluation waits: a thread is
-busy for microseconds, or for one read of the config API. Each worker makes its own app after the fork; with `preload`
-the app is made once before it, which the parts are made for.
+Threads, because no evaluation waits: a thread is busy for microseconds, or for one read of the config API. An event
+stream holds one for as long as a page is open, so each worker may have as many threads as there may be streams, and
+`threads` more, which streams cannot take. A thread that only waits costs 50 kB and no time; gunicorn makes it when it
+is first needed. Measured with 500 streams on two workers: docs/ofrep.md. Each worker makes its own app after the fork;
+with `preload` the app is made once before it, which the parts are made for.
 """
 
 from __future__ import annotations
@@ -30,7 +32,10 @@ __all__ = ["DEFAULT_BIND", "MEMBER_HEADER", "THREADS", "Serving", "is_private", 
 DEFAULT_BIND = "127.0.0.1:8080"
 
 THREADS = 64
-"""Per worker: fifty open pages hold fifty of them, and requests still find one free."""
+"""Per worker, beside those of event streams: so many slow clients, or reads of the config API, at once."""
+
+IDLE_CONNECTIONS = 1000
+"""Per worker, beside those that are busy: clients that keep theirs open between evaluations. gunicorn's own number."""
 
 GRACE_SECONDS = 10
 """How long a stopping worker may go on with what it began: twice the default of timeout_seconds."""
@@ -46,7 +51,7 @@ class Serving:
     Attributes:
         bind: `host:port`, `[address]:port`, `unix:/path`, or `fd://N` for a socket that listens already.
         workers: How many processes, >= 1.
-        threads: How many requests each answers at once, >= 1.
+        threads: How many requests each answers at once, beside its event streams, >= 1.
         preload: Whether the app is made before the workers are forked.
         named: Whether each answer names the process that gave it, in `External-OMS-Member`.
     """
@@ -116,11 +121,13 @@ class _Server(BaseApplication):
     def load_config(self) -> None:
         """Say how."""
         serving = self._serving
+        threads = serving.threads + self._settings.max_streams
         wanted: dict[str, object] = {
             "bind": serving.bind,
             "workers": serving.workers,
             "worker_class": Worker,
-            "threads": serving.threads,
+            "threads": threads,
+            "worker_connections": threads + IDLE_CONNECTIONS,
             "preload_app": serving.preload,
             "graceful_timeout": GRACE_SECONDS,
             "proc_name": "external-oms",

@@ -94,6 +94,7 @@ class Hub:
     def __init__(self, cache: Cache, *, max_streams: int) -> None:
         self.max_streams = max_streams
         self._start = cache.start
+        self._closed = False
         self._lock = threading.Lock()
         self._streams: frozenset[Stream] = frozenset()
         self._unlisten = cache.changes.listen(self._tell)
@@ -107,9 +108,11 @@ class Hub:
         """A new stream; end it when its listener has gone.
 
         Raises:
-            Problem: 503 with Retry-After: as many are open as there may be.
+            Problem: 503 with Retry-After: as many are open as there may be, or this process is ending.
         """
         with self._lock:
+            if self._closed:
+                raise Problem(503, "this process is ending; connect again", headers={"Retry-After": "1"})
             if len(self._streams) >= self.max_streams:
                 detail = f"{self.max_streams} event streams are open, which is the most (max_streams); poll instead"
                 raise Problem(503, detail, kind="too_many_streams", headers={"Retry-After": "10"})
@@ -119,8 +122,10 @@ class Hub:
         return stream
 
     def close(self) -> None:
-        """End every stream and listen no more; idempotent."""
+        """End every stream, open no more and listen no more; idempotent."""
         self._unlisten()
+        with self._lock:
+            self._closed = True
         for stream in self._streams:
             stream.end()
 

@@ -48,6 +48,8 @@ def blueprint(parts: Parts) -> Blueprint:
             refused = problem_of(error)
             why = error.__cause__ if isinstance(error.__cause__, SignatureError) else refused.detail
             _log(refused.status, request, str(why))
+            if refused is error:
+                raise
             raise refused from error
         status = HTTPStatus.OK if answer.refreshed or answer.duplicate else HTTPStatus.ACCEPTED
         _log(

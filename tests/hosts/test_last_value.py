@@ -1,0 +1,79 @@
+"""A start with a dead API: the value that the file store kept serves as stale at once, and the provider recovers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from openfeature import api as openfeature
+from openfeature.flag_evaluation import Reason
+from openfeature.provider import ProviderStatus
+
+from external_oms import FLAG_KEY, ExternalOMSProvider, Settings
+from external_oms.testing import ConfigAPIEmulator, Fault
+
+PATIENCE_SECONDS = 20.0
+
+
+def until(holds: Callable[[], bool]) -> None:
+    """Wait for something that comes by itself, as long as patience lasts."""
+    end = time.monotonic() + PATIENCE_SECONDS
+    while not holds():
+        assert time.monotonic() < end, "it never came"
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def settings(external_oms_api: ConfigAPIEmulator, tmp_path: Path) -> Settings:
+    return external_oms_api.settings(
+        store=f"sqlite:///{tmp_path / 'state' / 'state.db'}", ttl_seconds=0.5, timeout_seconds=0.5
+    )
+
+
+def test_a_start_with_a_dead_api_serves_the_stored_value_as_stale_at_once_and_recovers(
+    external_oms_api: ConfigAPIEmulator, settings: Settings
+) -> None:
+    tenant = settings.tenant or ""
+    external_oms_api.set_enabled(tenant, True)
+    first = ExternalOMSProvider(settings)
+    assert first.enabled()
+    first.shutdown()
+    external_oms_api.fault(tenant, Fault(status=503))
+    time.sleep(0.6)  # the stored value's lifetime, half a second, by the real clock that the file is stamped with
+    second = ExternalOMSProvider(settings)
+    client = openfeature.get_client("last-value")
+    try:
+        began = time.monotonic()
+        openfeature.set_provider_and_wait(second, "last-value")
+        details = client.get_boolean_details(FLAG_KEY, default_value=False)
+        assert time.monotonic() - began < 0.5
+        assert details.value is True
+        assert details.reason == Reason.STALE
+        assert details.flag_metadata["source"] == "store"
+        assert details.flag_metadata["stale"] is True
+        until(lambda: client.get_provider_status() is ProviderStatus.STALE)
+        external_oms_api.clear(tenant)
+        until(lambda: client.get_provider_status() is ProviderStatus.READY)
+        assert client.get_boolean_details(FLAG_KEY, default_value=False).reason in {Reason.CACHED, Reason.STATIC}
+    finally:
+        openfeature.clear_providers()
+
+
+def test_a_start_with_a_dead_api_and_nothing_stored_raises_and_becomes_ready_by_itself(
+    external_oms_api: ConfigAPIEmulator, settings: Settings
+) -> None:
+    tenant = settings.tenant or ""
+    external_oms_api.fault(tenant, Fault(status=500))
+    client = openfeature.get_client("first-value")
+    try:
+        with pytest.raises(Exception, match="500"):
+            openfeature.set_provider_and_wait(ExternalOMSProvider(settings), "first-value")
+        assert client.get_provider_status() is ProviderStatus.ERROR
+        external_oms_api.set_enabled(tenant, True)
+        external_oms_api.clear(tenant)
+        until(lambda: client.get_provider_status() is ProviderStatus.READY)
+        assert client.get_boolean_value(FLAG_KEY, default_value=False) is True
+    finally:
+        openfeature.clear_providers()

@@ -1,0 +1,191 @@
+"""What the tests of the core share: a clock that can skip, a source that does as told, a runner moved by hand."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import threading
+import time
+from collections.abc import Callable
+
+from external_oms.cache import Cache
+from external_oms.clock import Clock
+from external_oms.config import Document, Reading
+from external_oms.errors import Unavailable
+from external_oms.freshness import Windows
+from external_oms.stores.base import Store
+from external_oms.stores.memory import MemoryStore
+from external_oms.workers import Runner, Workers
+from tests.conftest import FakeClock
+
+__all__ = ["SOON", "TENANT", "WINDOWS", "Hand", "Held", "SkipClock", "Source", "eventually", "make_cache"]
+
+TENANT = "acme"
+SOON = 10.0
+"""When a test that waits for a thread gives up; none comes near it."""
+
+WINDOWS = Windows(ttl_seconds=30.0, stale_while_revalidate_seconds=30.0, stale_if_error_seconds=3600.0)
+
+
+def eventually(holds: Callable[[], bool]) -> bool:
+    """Whether it holds before long: for what has no event to wait on, such as the end of a thread."""
+    until = time.monotonic() + SOON
+    while not holds():
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.001)
+    return True
+
+
+class SkipClock:
+    """The machine's clock, and as much more as the test says has passed: for real threads in long stories."""
+
+    def __init__(self) -> None:
+        self._skipped = 0.0
+
+    def monotonic(self) -> float:
+        return time.monotonic() + self._skipped
+
+    def wall(self) -> float:
+        return time.time() + self._skipped
+
+    def skip(self, seconds: float) -> None:
+        self._skipped += seconds
+
+
+class Held:
+    """A read that has begun and has not been answered."""
+
+    def __init__(self, tenant: str) -> None:
+        self.tenant = tenant
+        self._outcome: Reading | Exception | None = None
+        self._answered = threading.Event()
+
+    def answer(self, outcome: bool | Reading | Exception) -> None:
+        """Let it end so."""
+        self._outcome = Reading(Document(outcome)) if isinstance(outcome, bool) else outcome
+        self._answered.set()
+
+    def wait(self) -> Reading:
+        assert self._answered.wait(SOON), "the test left a read without an answer"
+        if isinstance(self._outcome, Exception):
+            raise self._outcome
+        assert self._outcome is not None
+        return self._outcome
+
+
+class Source:
+    """The config API as the test has it: a value, an error, or reads that are held until answered one by one.
+
+    Attributes:
+        says: What a read gives or raises.
+        holding: The tenants whose reads are held.
+        reads: The tenant of every read so far, in the order of their beginning.
+        at: When each of them began, on the clock.
+    """
+
+    def __init__(self, clock: Clock) -> None:
+        self.says: bool | Reading | Exception = True
+        self.holding: set[str] = set()
+        self.reads: list[str] = []
+        self.at: list[float] = []
+        self._clock = clock
+        self._changed = threading.Condition()
+        self._held: list[Held] = []
+
+    def __call__(self, tenant: str, etag: str | None) -> Reading:
+        with self._changed:
+            self.reads.append(tenant)
+            self.at.append(self._clock.monotonic())
+            held = Held(tenant)
+            if tenant in self.holding:
+                self._held.append(held)
+                self._changed.notify_all()
+            else:
+                held.answer(self.says)
+        return held.wait()
+
+    def held(self, tenant: str = TENANT) -> Held:
+        """The next read that is held, once it has begun."""
+        with self._changed:
+            assert self._changed.wait_for(lambda: any(held.tenant == tenant for held in self._held), SOON)
+            held = next(held for held in self._held if held.tenant == tenant)
+            self._held.remove(held)
+            return held
+
+    def release(self) -> None:
+        """Hold nothing any more, and let whatever is held fail."""
+        with self._changed:
+            self.holding.clear()
+            for held in self._held:
+                held.answer(Unavailable("the test is over"))
+            self._held.clear()
+
+
+class Hand:
+    """A runner without threads: a job runs when it is submitted, a due one when the test lets time pass."""
+
+    def __init__(self, clock: FakeClock) -> None:
+        self._clock = clock
+        self._order = itertools.count()
+        self.due: list[tuple[float, int, Callable[[], None]]] = []
+
+    def submit(self, job: Callable[[], None]) -> None:
+        job()
+
+    def at(self, when: float, job: Callable[[], None]) -> None:
+        heapq.heappush(self.due, (when, next(self._order), job))
+
+    def advance(self, seconds: float) -> None:
+        """Let so much time pass, and what falls due meanwhile happen at its time."""
+        until = self._clock.monotonic() + seconds
+        while self.due and self.due[0][0] <= until:
+            when, _, job = heapq.heappop(self.due)
+            self._clock.advance(max(0.0, when - self._clock.monotonic()))
+            job()
+        self._clock.advance(max(0.0, until - self._clock.monotonic()))
+
+    def wake(self) -> None:
+        """Nobody shares with this process."""
+
+    def start(self) -> None:
+        """There is no thread to start."""
+
+    def after_fork(self) -> None:
+        """No test forks with it."""
+
+    def reopen(self) -> None:
+        """Always open."""
+
+    def close(self, seconds: float) -> None:
+        """Drop what is due."""
+        self.due.clear()
+
+
+def make_cache(
+    source: Source,
+    clock: Clock,
+    *,
+    runner: Runner | None = None,
+    store: Store | None = None,
+    tenants: tuple[str, ...] = (TENANT,),
+    windows: Windows = WINDOWS,
+    timeout_seconds: float = 5.0,
+    background: bool = True,
+) -> Cache:
+    """A cache over a memory store; with threads of its own, or with the runner given."""
+
+    def threads(poll: Callable[[], None], poll_seconds: float | None) -> Runner:
+        return Workers(readers=16, clock=clock, poll=poll, poll_seconds=poll_seconds) if runner is None else runner
+
+    return Cache(
+        tenants=tenants,
+        store=MemoryStore(clock=clock) if store is None else store,
+        source=source,
+        windows=windows,
+        timeout_seconds=timeout_seconds,
+        clock=clock,
+        random=lambda: 0.5,
+        background=background,
+        runner=threads,
+    )

@@ -1,0 +1,189 @@
+"""The fence over a fleet, at interleavings that nobody would think of: lost, late and reordered messages, lost writes.
+
+Members here have no threads: a rule says who acts, who hears which message, who looks, and what Redis forgets.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+
+import pytest
+import redis
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+
+from external_oms.clock import SYSTEM_CLOCK
+from external_oms.config import Snapshot
+from external_oms.stores.base import Lease, Record
+from external_oms.stores.redis import RedisStore
+from external_oms.stores.redis_follow import Follower
+from tests.stores.redis_server import RedisServer, needs_redis
+
+pytestmark = needs_redis
+
+TENANT = "acme"
+MEMBERS = st.integers(0, 2)
+
+
+@dataclass
+class Member:
+    """A store whose threads never start."""
+
+    store: RedisStore
+    generation: int = 0
+    leases: list[tuple[Lease, int]] = field(default_factory=list)
+
+    def record(self) -> Record:
+        return self.store._mirror.record(TENANT)
+
+    def look(self) -> None:
+        self.store._look()
+
+
+class Fleet(RuleBasedStateMachine):
+    """The world's value has a version that every invalidation announces; a value is known by the version it was read at."""
+
+    url = ""
+
+    @initialize()
+    def begin(self) -> None:
+        self.client = redis.Redis.from_url(self.url, decode_responses=True)
+        self.client.flushall()
+        prefix = f"test-{secrets.token_hex(4)}"
+        self.key = f"{prefix}:{{{TENANT}}}:record"
+        self.members = [Member(RedisStore(self.url, prefix=prefix, tenants=(TENANT,))) for _ in range(3)]
+        self.told = self.client.pubsub(ignore_subscribe_messages=True)
+        self.told.subscribe(f"{prefix}:changes")
+        self.messages: list[str] = []
+        self.version = 0
+        self.saved: bytes | None = None
+        self.binary = redis.Redis.from_url(self.url)
+
+    def collect(self) -> None:
+        """Messages arrive here first; the rules decide who hears them, when, and whether at all."""
+        while self.told.connection is not None and self.told.connection.can_read(timeout=0):
+            message = self.told.get_message(timeout=0)
+            if message is not None:
+                self.messages.append(str(message["data"]))
+
+    @rule(who=MEMBERS)
+    def invalidate(self, who: int) -> None:
+        self.version += 1
+        member = self.members[who]
+        generation = member.store.invalidate(TENANT)
+        assert member.record().generation >= generation
+        snapshot = member.record().snapshot
+        assert snapshot is None or snapshot.generation < generation
+
+    @rule(who=MEMBERS)
+    def begin_a_read(self, who: int) -> None:
+        acquired = self.members[who].store.acquire(TENANT, seconds=60.0, metered=False)
+        if isinstance(acquired, Lease):
+            self.members[who].leases.append((acquired, self.version))
+
+    @rule(who=MEMBERS, oldest=st.booleans())
+    def end_a_read(self, who: int, oldest: bool) -> None:
+        member = self.members[who]
+        if not member.leases:
+            return
+        lease, version = member.leases.pop(0 if oldest else -1)
+        read = Snapshot(
+            enabled=bool(version % 2),
+            updated_at=None,
+            etag=str(version),
+            generation=lease.record.generation,
+            read_number=lease.number,
+            read_at=SYSTEM_CLOCK.monotonic(),
+            fetched_at=datetime.now(UTC),
+            lifetime_seconds=30.0,
+        )
+        member.store.put(lease, read)
+
+    @rule()
+    def lose_the_lease(self) -> None:
+        self.client.delete(self.key.replace(":record", ":lease"))
+
+    @rule(who=MEMBERS, which=st.integers(0, 5))
+    def hear(self, who: int, which: int) -> None:
+        self.collect()
+        if self.messages:
+            self.members[who].store._exchange.hear(self.messages[which % len(self.messages)])
+
+    @rule(who=MEMBERS)
+    def look(self, who: int) -> None:
+        self.members[who].look()
+
+    @rule()
+    def flush(self) -> None:
+        self.client.flushall()
+
+    @rule()
+    def save(self) -> None:
+        self.saved = self.binary.dump(self.key)
+
+    @precondition(lambda self: self.saved)
+    @rule()
+    def fail_over_to_what_was_saved(self) -> None:
+        assert self.saved is not None
+        self.binary.restore(self.key, 0, self.saved, replace=True)
+
+    @rule(who=MEMBERS)
+    def cut_off(self, who: int) -> None:
+        """The member takes Redis for gone, until it looks again."""
+        self.members[who].store._link.fail(redis.ConnectionError())
+
+    @invariant()
+    def no_generation_falls(self) -> None:
+        for member in getattr(self, "members", ()):
+            generation = member.record().generation
+            assert generation >= member.generation
+            member.generation = generation
+
+    def teardown(self) -> None:
+        if not hasattr(self, "members"):
+            return
+        try:
+            for member in self.members * 3:  # what each owes, and what the others make of it
+                member.look()
+            records = [member.record() for member in self.members]
+            stamps = {member.store._mirror.debt(TENANT).stamp for member in self.members}
+            assert len(stamps) == 1, "not in step after everybody has looked"
+            for record in records:
+                if record.snapshot is not None and record.snapshot.generation >= record.generation:
+                    assert record.snapshot.etag == str(self.version), "a value from before an invalidation is fresh"
+            assert len({record.snapshot and record.snapshot.etag for record in records}) == 1
+        finally:
+            for member in self.members:
+                member.store.close()
+            self.told.close()
+            self.client.close()
+            self.binary.close()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    server = RedisServer(tmp_path_factory.mktemp("redis"))
+    server.start()
+    yield server
+    server.stop()
+
+
+def test_the_fence_holds_at_every_interleaving(server: RedisServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Follower, "start", lambda self: None)
+    Fleet.url = server.url
+    with suppress(AttributeError):
+        del Fleet.TestCase
+    run_state_machine_as_test(
+        Fleet,
+        settings=settings(
+            max_examples=150,
+            stateful_step_count=30,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
