@@ -5,8 +5,8 @@ from __future__ import annotations
 import click
 
 import external_oms
-from external_oms.cli.demo import demo
-from external_oms.cli.doctor import doctor
+from external_oms.cli.demo import demo as demo_command
+from external_oms.cli.doctor import doctor as doctor_command
 from external_oms.cli.frame import Edge
 from external_oms.cli.keys import keys
 from external_oms.cli.sending import webhook
@@ -27,5 +27,5 @@ def main() -> None:
     """
 
 
-for command in (demo, emulate, serve, status, watch, history, enable, disable, doctor, keys, webhook):
+for command in (demo_command, emulate, serve, status, watch, history, enable, disable, doctor_command, keys, webhook):
     main.add_command(command)

@@ -9,7 +9,6 @@ from datetime import datetime
 
 import click
 from rich.console import Console
-from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -21,8 +20,8 @@ Cell = Text
 WRAPPED_FROM = 30
 """Characters: a column with a longer text gives way in a narrow terminal, the others do not."""
 
-UNBOUNDED = 10_000
-"""Characters; wider than any table here."""
+GAP = 2
+"""Characters between two columns."""
 
 _MINUTE, _HOUR, _DAY = 60.0, 3600.0, 86_400.0
 
@@ -89,21 +88,21 @@ def print_table(heads: Sequence[str], rows: Iterable[Sequence[str | Cell]]) -> N
     texts = [[part if isinstance(part, Text) else Text(part) for part in row] for row in rows]
     shown = [place for place in range(len(heads)) if any(row[place].plain for row in texts)]  # no empty columns
     if sys.stdout.isatty():
-        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-        for place in shown:
-            longest = max((len(row[place].plain) for row in texts), default=0)
-            table.add_column(heads[place], no_wrap=longest <= WRAPPED_FROM, overflow="fold")
+        longest = [max(len(heads[place]), *(len(row[place].plain) for row in texts)) for place in shown]
+        table = Table(box=None, pad_edge=False, padding=(0, GAP, 0, 0), header_style="dim")
+        for place, length in zip(shown, longest, strict=True):
+            table.add_column(heads[place], no_wrap=length <= WRAPPED_FROM, overflow="fold")
         for row in texts:
             table.add_row(*(row[place] for place in shown))
         console = _console()
         # never narrower than its words: what a small terminal cannot hold goes onto its next line, and nothing is cut
-        needed = Measurement.get(console, console.options.update(max_width=UNBOUNDED), table).minimum
-        console.print(table, width=max(console.width, needed), crop=False)
+        console.width = max(console.width, sum(min(length, WRAPPED_FROM) + GAP for length in longest))
+        console.print(table)
         return
     lines = [[heads[place] for place in shown], *([row[place].plain or "-" for place in shown] for row in texts)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(shown))]
     for line in lines:
-        click.echo("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip())
+        click.echo((" " * GAP).join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip())
 
 
 def _console() -> Console:

@@ -129,7 +129,7 @@ def watch(tenant: str | None, as_json: bool) -> None:
 
 
 def _essence(state: State) -> Essence:
-    """What of a state is worth a line when it changes; another read of the same value, or another failure in a row, is not."""
+    """What of a state is worth a line when it changes: no further read of the same value or failure in a row."""
     return state.enabled, state.freshness, state.generation, state.updated_at, state.failing_since
 
 
