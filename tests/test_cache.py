@@ -829,8 +829,7 @@ def test_a_forked_child_answers_at_once_refreshes_and_hears_invalidations(thread
     cache.invalidate(TENANT)
     cache.lookup(TENANT)
     held = threaded.source.held()  # a read of the parent is under way
-    seat = cache._seats[TENANT]
-    locks = [seat.lock, cache._flights._lanes[TENANT].lock]
+    locks = [cache._seats._seats[TENANT].lock, cache._planning, cache._flights._lanes[TENANT].lock]
     for lock in locks:
         lock.acquire()  # as if other threads held them at the instant of the fork
     child = os.fork()

@@ -1,5 +1,5 @@
-"""Every interleaving of two processes over one store: reads that begin, are answered and end in any order, invalidations
-between all of these, failures, processes that die, and a clock that only moves when told.
+"""Every interleaving of two processes over one store: reads that begin, are answered and end in any order,
+invalidations between all of these, failures, processes that die, and a clock that only moves when told.
 
 What must hold is checked after every step; without the fence in the store, the same machine finds the wrong answer.
 """
@@ -103,7 +103,7 @@ class Process:
             background=True,
             runner=lambda _poll, _seconds: self.runner,
         )
-        self.flights: Flights = self.cache._flights  # noqa: SLF001 - the test takes the place of its threads
+        self.flights: Flights = self.cache._flights  # the test takes the place of its threads
 
     @staticmethod
     def _never(tenant: str, etag: str | None) -> Reading:
@@ -313,9 +313,7 @@ class WithoutFence(MemoryStore):
         return super().fail(Lease(lease.tenant, lease.number, self.load(lease.tenant)), failure)
 
 
-STORY = settings(
-    max_examples=250, stateful_step_count=60, deadline=None, suppress_health_check=[HealthCheck.too_slow]
-)
+STORY = settings(max_examples=250, stateful_step_count=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 def test_at_every_interleaving_the_fence_holds() -> None:

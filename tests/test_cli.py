@@ -24,6 +24,7 @@ from click.testing import CliRunner, Result
 
 import external_oms
 from external_oms.cli import main
+from external_oms.cli.endings import endable, uninterrupted
 from external_oms.cli.frame import Code
 from external_oms.cli.reaching import environment_of
 from external_oms.cli.stage import Stage
@@ -176,8 +177,19 @@ def test_a_store_that_cannot_be_used_is_told_in_one_line(
 ) -> None:
     (tmp_path / "file").write_text("", encoding="utf-8")
     monkeypatch.setenv(f"{ENV_PREFIX}STORE", f"sqlite:///{tmp_path}/file/state.db")
+    result = run("status")
+    assert result.exit_code == Code.FAILED
+    assert "is not a directory" in one_line(result.stderr)
+
+
+def test_a_history_that_cannot_be_read_is_not_told_as_an_empty_one(
+    api: ConfigAPIEmulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(f"{ENV_PREFIX}STORE", f"redis://127.0.0.1:{free_port()}/0")
     result = run("history")
-    assert result.exit_code in {Code.DONE, Code.FAILED}  # refused, or told by the store's log and degraded to memory
+    assert result.exit_code == Code.FAILED
+    assert "the history cannot be read" in result.stderr
+    assert "Nothing has happened" not in result.stderr
 
 
 def test_a_reader_who_leaves_early_is_no_error(api: ConfigAPIEmulator) -> None:
@@ -337,7 +349,7 @@ def test_a_narrow_terminal_is_shown_every_word_in_full(api: ConfigAPIEmulator, m
     monkeypatch.setenv("COLUMNS", "30")
     run("enable", "--yes", "--reason", "a reason that is rather long")
     for command, words in (
-        (["status"], ["acme-staging", "fresh", "store"]),
+        (["status"], ["acme-staging", "GENERATION", "store"]),
         (["history"], ["written", "cli:", "rather"]),
     ):
         code, said = in_a_terminal(command, [])
@@ -416,6 +428,14 @@ def test_a_new_key_is_shown_once_with_the_entry_that_recognises_it() -> None:
 def test_a_key_with_an_impossible_name_or_role_is_refused() -> None:
     assert run("keys", "new", "--name", "a:b", "--role", "viewer").exit_code == Code.REFUSED
     assert run("keys", "new", "--name", "ops", "--role", "root").exit_code == Code.REFUSED
+
+
+def test_in_a_terminal_a_new_key_is_told_with_what_to_do_with_it() -> None:
+    code, said = in_a_terminal(["keys", "new", "--name", "ops", "--role", "admin"], [])
+    assert code == 0
+    key, entry = re.findall(r"^  (\S+)\r?$", said, re.MULTILINE)
+    assert entry == f"ops:admin:{hashlib.sha256(key.encode()).hexdigest()}"
+    assert "shown this once" in said
 
 
 class Receiver(http.server.BaseHTTPRequestHandler):
@@ -620,9 +640,9 @@ def test_serve_answers_from_several_processes_and_ends_while_a_stream_is_open(
 
 
 def processes_of(session: int) -> list[str]:
-    """The processes of a session that still live."""
+    """The processes of a session that live; those that only wait to be reaped do not."""
     done = subprocess.run(["ps", "-s", str(session), "-o", "pid=,args="], capture_output=True, text=True, check=False)
-    return done.stdout.splitlines()
+    return [line for line in done.stdout.splitlines() if "<defunct>" not in line]
 
 
 # -- demo -------------------------------------------------------------------------------------------------------------
@@ -670,6 +690,30 @@ def test_the_demo_that_is_ended_while_it_starts_leaves_nothing_behind(tmp_path: 
         _, stderr = playing.communicate(timeout=START_SECONDS)
     assert (playing.returncode, stderr) == (Code.INTERRUPTED, "")
     assert traces(tmp_path) == []
+
+
+def test_a_server_that_does_not_stop_in_time_is_killed_with_its_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("external_oms.cli.stage.STOP_SECONDS", 0.0)
+    with Stage() as stage:
+        stage.start_emulator()
+        stage.start_server()
+        assert stage._server is not None
+        session = stage._server.pid
+        assert len(processes_of(session)) == 3
+    until = time.monotonic() + START_SECONDS
+    while processes_of(session) and time.monotonic() < until:  # a killed process needs a moment to be gone
+        time.sleep(0.01)
+    assert processes_of(session) == []
+
+
+def test_who_ends_the_process_in_an_uninterrupted_block_is_heard_after_it() -> None:
+    done = []
+    with endable():
+        with uninterrupted():
+            signal.raise_signal(signal.SIGTERM)
+            done.append("finished")
+        done.append("never")
+    assert done == ["finished"]
 
 
 class Apart(Stage):

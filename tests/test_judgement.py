@@ -33,6 +33,7 @@ from external_oms.judgement import (
     snapshot_after,
     stale_at,
     state_of,
+    verdict,
 )
 from external_oms.stores.base import Lease, Record
 
@@ -461,6 +462,58 @@ def test_every_error_survives_the_store(error: type[ReadError]) -> None:
     kept = failed(Record(reads=7), error("why", status=418, retry_after_seconds=2.0))
     again = error_of(kept, now=READ_AT)
     assert (type(again), str(again), again.status, again.retry_after_seconds) == (error, "why", 418, 2.0)
+
+
+# -- whether a read is needless or forbidden -----------------------------------------------------------------------
+
+NOW = READ_AT + 5.0
+FUTURE, PAST = NOW + 1.0, NOW - 1.0
+
+
+@pytest.mark.parametrize("forced", [False, True])
+@pytest.mark.parametrize(
+    ("known", "generation", "newer_than", "needless"),
+    [
+        (None, 0, 0, False),
+        (snapshot(read_number=3), 0, 2, True),
+        (snapshot(read_number=3), 0, 3, False),  # the caller knows it already
+        (snapshot(read_number=3), 1, 2, False),  # read before the invalidation
+        (snapshot(read_number=3, generation=1), 1, 2, True),
+        (snapshot(read_number=3, lifetime_seconds=5.0), 0, 2, False),  # no longer fresh
+    ],
+)
+def test_a_newer_fresh_snapshot_of_this_generation_makes_a_read_needless(
+    known: Snapshot | None, generation: int, newer_than: int, needless: bool, forced: bool
+) -> None:
+    record = Record(generation=generation, invalidated_at=READ_AT, reads=9, snapshot=known)
+    assert verdict(record, newer_than=newer_than, forced=forced, now=NOW) == (needless, None)
+
+
+@pytest.mark.parametrize(
+    ("failed_as", "generation", "newer_than", "forced", "ends"),
+    [
+        # a failure that began after what the caller knows is an answer, forced or not
+        (failure(read_number=3, not_before=PAST), 0, 2, False, True),
+        (failure(read_number=3, not_before=PAST), 0, 2, True, True),
+        (failure(read_number=3, not_before=PAST), 0, 3, False, False),
+        (failure(read_number=3, not_before=PAST), 1, 2, True, False),
+        # our own patience binds who forces nothing, the API's binds everybody, an invalidation ends only ours
+        (failure(read_number=3, not_before=FUTURE), 0, 3, False, True),
+        (failure(read_number=3, not_before=FUTURE), 0, 3, True, False),
+        (failure(read_number=3, not_before=FUTURE), 1, 3, False, False),
+        (failure(read_number=3, not_before=FUTURE, obliged=True), 0, 3, True, True),
+        (failure(read_number=3, not_before=FUTURE, obliged=True), 1, 3, True, True),
+        (failure(read_number=3, not_before=PAST, obliged=True), 0, 3, True, False),
+    ],
+)
+def test_a_failure_answers_or_forbids_a_read(
+    failed_as: Failure, generation: int, newer_than: int, forced: bool, ends: bool
+) -> None:
+    record = Record(generation=generation, invalidated_at=READ_AT, reads=9, failure=failed_as)
+    ended, error = verdict(record, newer_than=newer_than, forced=forced, now=NOW)
+    assert ended is ends
+    assert (error is not None) is ends
+    assert error is None or str(error) == "no answer"
 
 
 # -- the rest -----------------------------------------------------------------------------------------------------

@@ -15,14 +15,15 @@ SOURCE = Path(__file__).parents[1] / "src" / PACKAGE
 
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "clock", "freshness", "signals"),
+    ("tenants",),
     ("settings", "config", "signature", "transport"),
     ("auth",),
     ("client", "stores"),
     ("judgement", "workers"),
     ("resolution", "status"),
-    ("flights",),
+    ("flights", "seats"),
     ("cache",),
-    ("operations",),
+    ("members", "operations"),
     ("assemble",),
     ("sdk",),
     ("provider",),

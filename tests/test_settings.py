@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from pydantic import SecretStr, ValidationError
 
 from external_oms.errors import SettingsError
-from external_oms.settings import Settings, TenantSettings, _TomlFile, is_loopback
+from external_oms.settings import Settings, TenantSettings, _TomlFile
+from external_oms.tenants import is_loopback
 
 SECRET = "s3cr3t-do-not-print"
 ONE = {"tenant": "acme", "access_token": SECRET}

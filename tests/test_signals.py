@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 
 import pytest
 
@@ -62,3 +63,58 @@ def test_a_listener_may_come_and_go_while_it_is_told() -> None:
 
 def test_nobody_listening_is_nothing_to_complain_about() -> None:
     Signal[int]().tell(7)
+
+
+def test_what_is_lined_up_is_told_in_its_order_though_another_thread_is_still_telling() -> None:
+    signal: Signal[int] = Signal()
+    told: list[tuple[int, int]] = []
+    telling, go_on = threading.Event(), threading.Event()
+
+    def listener(what: int) -> None:
+        told.append((what, threading.get_ident()))
+        telling.set()
+        assert go_on.wait(10)
+
+    signal.listen(listener)
+    signal.line_up(1)
+    first = threading.Thread(target=signal.tell_all, daemon=True)
+    first.start()
+    assert telling.wait(10)
+    signal.line_up(2)
+    signal.line_up(3)
+    signal.tell_all()  # comes back at once: the first thread tells these too
+    assert [what for what, _ in told] == [1]
+    go_on.set()
+    first.join(10)
+    assert told == [(1, first.ident), (2, first.ident), (3, first.ident)]
+    signal.tell_all()
+    assert len(told) == 3
+
+
+def test_a_listener_that_lines_up_more_has_it_told_after_what_is_there() -> None:
+    signal: Signal[int] = Signal()
+    told: list[int] = []
+
+    def listener(what: int) -> None:
+        told.append(what)
+        if what == 1:
+            signal.line_up(3)
+            signal.tell_all()
+
+    signal.listen(listener)
+    signal.line_up(1)
+    signal.line_up(2)
+    signal.tell_all()
+    assert told == [1, 2, 3]
+
+
+def test_in_a_forked_child_nobody_is_telling_and_the_parents_news_are_the_parents() -> None:
+    signal: Signal[int] = Signal()
+    told: list[int] = []
+    signal.listen(told.append)
+    signal._telling.acquire()  # as a thread of the parent held it
+    signal.line_up(1)
+    signal.after_fork()
+    signal.line_up(2)
+    signal.tell_all()
+    assert told == [2]

@@ -16,15 +16,30 @@ from external_oms.cache import Cache
 from external_oms.client import ConfigClient
 from external_oms.clock import SYSTEM_CLOCK, Clock
 from external_oms.config import Reading
-from external_oms.errors import SettingsError
+from external_oms.errors import ReadError, SettingsError
+from external_oms.members import Reporter
 from external_oms.operations import Operations
 from external_oms.settings import Settings, TenantSettings
+from external_oms.signals import Signal
 from external_oms.stores.base import Store
 from external_oms.stores.memory import MemoryStore
 from external_oms.stores.sqlite import SqliteStore
 from external_oms.workers import Workers
 
-__all__ = ["Service", "assemble", "make_store", "token_source"]
+__all__ = ["Renewal", "Service", "assemble", "make_store", "token_source"]
+
+
+@dataclass(frozen=True, slots=True)
+class Renewal:
+    """A try to obtain an access token.
+
+    Attributes:
+        tenant: Whose.
+        error: Why it failed; None where it did not.
+    """
+
+    tenant: str
+    error: ReadError | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +53,9 @@ class Service:
         clients: The config API of each tenant.
         cache: What answers.
         operations: What changes.
+        reporter: What tells the others what this process serves, once it is started: by a provider, for who only looks
+            or switches is no member.
+        renewals: Told of every try to obtain an access token.
     """
 
     settings: Settings
@@ -46,16 +64,20 @@ class Service:
     clients: Mapping[str, ConfigClient]
     cache: Cache
     operations: Operations
+    reporter: Reporter
+    renewals: Signal[Renewal]
 
     def after_fork(self) -> None:
         """In a forked child: let go of every socket, lock and thread of the parent."""
         self.cache.after_fork()
         for client in self.clients.values():
             client.after_fork()
+        self.reporter.restart()
 
     def reopen(self) -> None:
         """Take up work again after `close`."""
         self.cache.reopen()
+        self.reporter.restart()
 
     def close(self, seconds: float = 1.0) -> None:
         """End every thread and connection within so many seconds; idempotent, and the parts work again after it."""
@@ -85,8 +107,10 @@ def assemble(
         SettingsError: The store needs an extra that is not installed.
         StoreError: The store's file cannot be used where it is.
     """
+    renewals: Signal[Renewal] = Signal()
     clients = {
-        tenant: _client(tenant, reached, settings, session, clock) for tenant, reached in settings.by_tenant().items()
+        tenant: _client(tenant, reached, settings, session, clock, renewals)
+        for tenant, reached in settings.by_tenant().items()
     }
     shared = make_store(settings, clock=clock) if store is None else store
     cache = Cache(
@@ -103,7 +127,8 @@ def assemble(
         ),
     )
     operations = Operations(cache=cache, store=shared, writers=clients, clock=clock)
-    return Service(settings, clock, shared, clients, cache, operations)
+    reporter = Reporter(cache=cache, store=shared, clock=clock, random=random.SystemRandom().random)
+    return Service(settings, clock, shared, clients, cache, operations, reporter, renewals)
 
 
 def _read(clients: Mapping[str, ConfigClient], tenant: str, etag: str | None) -> Reading:
@@ -111,12 +136,17 @@ def _read(clients: Mapping[str, ConfigClient], tenant: str, etag: str | None) ->
 
 
 def _client(
-    tenant: str, reached: TenantSettings, settings: Settings, session: requests.Session | None, clock: Clock
+    tenant: str,
+    reached: TenantSettings,
+    settings: Settings,
+    session: requests.Session | None,
+    clock: Clock,
+    renewals: Signal[Renewal],
 ) -> ConfigClient:
     return ConfigClient(
         tenant=tenant,
         settings=reached,
-        token=token_source(tenant, reached, settings, session, clock),
+        token=token_source(tenant, reached, settings, session, clock, renewals),
         session=session,
         clock=clock,
         timeout_seconds=settings.timeout_seconds,
@@ -125,7 +155,12 @@ def _client(
 
 
 def token_source(
-    tenant: str, reached: TenantSettings, settings: Settings, session: requests.Session | None, clock: Clock
+    tenant: str,
+    reached: TenantSettings,
+    settings: Settings,
+    session: requests.Session | None,
+    clock: Clock,
+    renewals: Signal[Renewal] | None = None,
 ) -> TokenSource:
     """Where one tenant's access tokens come from.
 
@@ -135,6 +170,7 @@ def token_source(
         settings: The settings around it, for the timeouts.
         session: The user's own session, or None.
         clock: What tells the time.
+        renewals: Told of every try to obtain a token.
 
     Raises:
         SettingsError: The tenant has no credentials.
@@ -143,6 +179,7 @@ def token_source(
         return StaticToken(reached.access_token)
     if reached.client_id is None or reached.client_secret is None:
         raise SettingsError("client_id", f"tenant {tenant!r} has no credentials")
+    told: Signal[Renewal] = Signal() if renewals is None else renewals
     return ClientCredentials(
         tenant=tenant,
         endpoint=reached.token_endpoint(tenant),
@@ -153,6 +190,7 @@ def token_source(
         clock=clock,
         timeout_seconds=settings.timeout_seconds,
         retry_after_max_seconds=settings.retry_after_max_seconds,
+        obtained=lambda error: told.tell(Renewal(tenant, error)),
     )
 
 
@@ -163,12 +201,14 @@ def make_store(settings: Settings, *, clock: Clock = SYSTEM_CLOCK) -> Store:
         SettingsError: It needs an extra that is not installed.
         StoreError: The store's file cannot be used where it is.
     """
-    keeps = {"history_rows": settings.history_rows, "history_seconds": settings.history_seconds}
+    rows, seconds = settings.history_rows, settings.history_seconds
     scheme = settings.store.partition("://")[0]
     if scheme == "memory":
-        return MemoryStore(clock=clock, **keeps)
+        return MemoryStore(clock=clock, history_rows=rows, history_seconds=seconds)
     if scheme == "sqlite":
-        return SqliteStore(Path(settings.store.removeprefix("sqlite:///")), clock=clock, **keeps)
+        return SqliteStore(
+            Path(settings.store.removeprefix("sqlite:///")), clock=clock, history_rows=rows, history_seconds=seconds
+        )
     try:
         redis_store = importlib.import_module("external_oms.stores.redis")
     except ModuleNotFoundError as error:
@@ -181,6 +221,7 @@ def make_store(settings: Settings, *, clock: Clock = SYSTEM_CLOCK) -> Store:
         tenants=tuple(settings.by_tenant()),
         bound_seconds=settings.store_bound_seconds,
         clock=clock,
-        **keeps,
+        history_rows=rows,
+        history_seconds=seconds,
     )
     return store

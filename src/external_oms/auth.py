@@ -132,6 +132,7 @@ class ClientCredentials:
         clock: What tells the time.
         timeout_seconds: How long a caller that names no deadline waits, > 0.
         retry_after_max_seconds: The most that a Retry-After is believed, in seconds.
+        obtained: Told of every try to obtain a token, with its failure where it failed; must not block.
     """
 
     renews = True
@@ -148,6 +149,7 @@ class ClientCredentials:
         clock: Clock,
         timeout_seconds: float,
         retry_after_max_seconds: float,
+        obtained: Callable[[ReadError | None], None] = lambda _: None,
     ) -> None:
         self._tenant = tenant
         self._endpoint = endpoint
@@ -157,6 +159,7 @@ class ClientCredentials:
         self._clock = clock
         self._timeout_seconds = timeout_seconds
         self._retry_after_max_seconds = retry_after_max_seconds
+        self._obtained = obtained
         self._subject = f"the token endpoint of tenant {tenant!r}"
         self._transport = Transport(session, subject=self._subject, clock=clock)
         self._not_before = 0.0
@@ -226,6 +229,7 @@ class ClientCredentials:
             outcome = error
         finally:
             self._land(flight, outcome)
+            self._obtained(outcome if isinstance(outcome, ReadError) else None)
 
     def _land(self, flight: Future[str], outcome: _Held | ReadError) -> None:
         now = self._clock.monotonic()

@@ -21,7 +21,8 @@ from werkzeug.serving import BaseWSGIServer, WSGIRequestHandler, make_server
 
 from external_oms.config import Document, format_instant
 from external_oms.emulated import EmulatedTenant, Fault, Routes, Seen, json_answer, problem_answer, problem_of
-from external_oms.settings import DEFAULT_CONFIG_PATH, Settings, TenantSettings
+from external_oms.settings import Settings, TenantSettings
+from external_oms.tenants import DEFAULT_CONFIG_PATH
 
 __all__ = ["ConfigAPIEmulator", "Fault", "Seen"]
 

@@ -5,7 +5,7 @@
     ExternalOMSError
     ├── SettingsError            a setting is unknown, malformed or contradicts another     .setting
     ├── TenantError              the call names no tenant, or one that is not configured    .tenant
-    ├── ReadError                the config API was not read                                .kind .status .retry_after_seconds
+    ├── ReadError                the config API was not read      .kind .status .retry_after_seconds
     │   ├── TokenError           no access token could be obtained
     │   ├── Unauthorized         401 or 403, also with a token obtained a moment ago
     │   ├── RateLimited          429; not before `retry_after_seconds` from now

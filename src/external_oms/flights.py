@@ -83,7 +83,6 @@ class Flight:
     """One read on its way, whose result or failure serves all who wait for it.
 
     Attributes:
-        tenant: The tenant.
         forced: Whether only a read that began after the flight was asked for will do.
         newer_than: The number that the read must exceed.
         generation: The generation of the lease; None until the read has begun, and whoever comes may still join.
@@ -150,7 +149,6 @@ class Flights:
     """The reads of some tenants.
 
     Args:
-        tenants: Their names.
         store: Where records and leases live.
         source: Reads the API.
         runner: Runs the reads.
@@ -162,6 +160,7 @@ class Flights:
 
     Attributes:
         ended: Told whenever a read by this process ended and its outcome was stored.
+        waits: Told the tenant when a flight finds that another process has the lease, once for each flight.
     """
 
     def __init__(  # noqa: PLR0913 - the seams of a flight, each named at the one place that makes it
@@ -178,6 +177,7 @@ class Flights:
         landed: Callable[[str], None],
     ) -> None:
         self.ended: Signal[ReadEnd] = Signal()
+        self.waits: Signal[str] = Signal()
         self._store = store
         self._source = source
         self._runner = runner
@@ -193,7 +193,6 @@ class Flights:
         """The flight whose read will do for this need; a new one where none is under way.
 
         Args:
-            tenant: The tenant.
             generation: The generation that the caller knows; the read must belong to it or a later one.
             newer_than: The number that the read must exceed: of the last whose outcome the caller knows.
             forced: Whether only a read will do that begins after this call.
@@ -264,6 +263,8 @@ class Flights:
             _resolve(flight.heard, result=False)
             return Pause(word, acquired.wait_seconds, metered=True)
         if isinstance(acquired, Busy):
+            if not flight.denied:
+                self.waits.tell(flight.tenant)
             with lane.lock:
                 if flight.forced and not flight.denied:
                     # the read under way began before this one was asked for, as far as anybody can tell

@@ -130,7 +130,8 @@ def backoff_seconds(failures: int, cap_seconds: float, random: float) -> float:
 
     Args:
         failures: Failed reads in a row, >= 1.
-        cap_seconds: The largest span of the jitter, in seconds; the ttl, so that a dead API is asked as often as a living one.
+        cap_seconds: The largest span of the jitter, in seconds; the ttl, so that a dead API is asked as often as a
+            living one.
         random: A number in [0, 1).
 
     Source: full jitter as in the AWS Architecture Blog, "Exponential Backoff And Jitter".

@@ -15,6 +15,7 @@ from external_oms.config import Document, Failure
 from external_oms.errors import ReadError, WriteError, WriteOutcomeUnknown
 from external_oms.flights import ReadEnd
 from external_oms.judgement import State, state_of
+from external_oms.signals import Signal
 from external_oms.stores.base import Cause, Event, Store
 
 __all__ = ["Delivered", "Operations", "Writer"]
@@ -26,6 +27,18 @@ DELIVERY_MEMORY_SECONDS = 86_400.0
 
 READ_BACK_PAUSES_SECONDS = (0.0, 0.5, 1.0)
 """The pauses before each read after a write: a replica may lag, and an endpoint may allow one read a second."""
+
+UNKNOWN_PAUSES_SECONDS = (*READ_BACK_PAUSES_SECONDS, 2.0)
+"""The pauses after a write that nobody answered: an API that stumbles is back in seconds, or not for a while."""
+
+READ_BACK_SECONDS = 20.0
+"""After so long no other read is begun: somebody waits for the answer, behind proxies that wait 30 to 60 seconds."""
+
+_READ_BACK = {
+    True: "written and read back",
+    False: "written; the API still answers the old value",
+    None: "written; it could not be read back yet",
+}
 
 
 class Writer(Protocol):
@@ -64,6 +77,9 @@ class Operations:
         writers: What writes to each tenant's config API.
         clock: What tells the time.
         pause: Waits so many seconds between two reads after a write.
+
+    Attributes:
+        deliveries: Told of every delivery, once it is known what came of it.
     """
 
     def __init__(
@@ -80,6 +96,7 @@ class Operations:
         self._writers = writers
         self._clock = clock
         self._pause = pause
+        self.deliveries: Signal[Delivered] = Signal()
         cache.reads.listen(self._read_ended)
 
     def deliver(self, tenant: str, *, delivery_id: str | None, actor: str) -> Delivered:
@@ -109,7 +126,9 @@ class Operations:
             latency_seconds=self._clock.monotonic() - began,
             detail=outcome,
         )
-        return Delivered(tenant, generation or state.generation, duplicate, refreshed, state.enabled)
+        delivered = Delivered(tenant, generation or state.generation, duplicate, refreshed, state.enabled)
+        self.deliveries.tell(delivered)
+        return delivered
 
     def invalidate(self, tenant: str, *, actor: str) -> int:
         """Raise the tenant's generation; a read follows. Returns the generation."""
@@ -139,35 +158,40 @@ class Operations:
             WriteError: The API refused the value.
             ReadError: The write was not sent: no token, no connection, or the API asked to wait.
         """
-        began = self._clock.monotonic()
+        began, asked = self._clock.monotonic(), "on" if enabled else "off"
         unknown: WriteOutcomeUnknown | None = None
         try:
             self._writers[tenant].write(enabled)
         except WriteOutcomeUnknown as error:
             unknown = error
         except (WriteError, ReadError) as error:
-            self._wrote(tenant, enabled, actor, reason, began, f"not written: {error}")
+            self._wrote(tenant, None, actor, reason, began, f"{asked} was not written: {error}")
             raise
         self._cache.invalidate(tenant)
-        shows = self._read_back(tenant, enabled=enabled)
+        pauses = READ_BACK_PAUSES_SECONDS if unknown is None else UNKNOWN_PAUSES_SECONDS
+        shows = self._read_back(tenant, pauses, enabled=enabled)
         if unknown is not None and not shows:
-            self._wrote(tenant, enabled, actor, reason, began, "outcome unknown: no answer, and not to be read back")
+            self._wrote(tenant, None, actor, reason, began, f"whether {asked} was written is unknown: no answer came")
             raise unknown
-        outcome = "written and read back" if shows else "written; the API still answers the old value"
-        self._wrote(tenant, enabled, actor, reason, began, outcome)
+        self._wrote(tenant, enabled, actor, reason, began, _READ_BACK[shows])
         return self._cache.state(tenant)
 
-    def _read_back(self, tenant: str, *, enabled: bool) -> bool:
-        """Whether one of a few reads shows the value."""
-        for seconds in READ_BACK_PAUSES_SECONDS:
+    def _read_back(self, tenant: str, pauses: Sequence[float], *, enabled: bool) -> bool | None:
+        """Whether one of a few reads shows the value; None where none of them succeeded."""
+        shows: bool | None = None
+        until = self._clock.monotonic() + READ_BACK_SECONDS
+        for seconds in pauses:
             if seconds:
                 self._pause(seconds)
+            if self._clock.monotonic() >= until:
+                break
             try:
-                if self.refresh(tenant).enabled is enabled:
-                    return True
+                shows = self.refresh(tenant).enabled is enabled
             except ReadError as error:
                 logger.debug("tenant %s: reading back failed: %s", tenant, error)
-        return False
+            if shows:
+                return True
+        return shows
 
     def history(self, *, tenant: str | None = None, limit: int = 100, before: int | None = None) -> Sequence[Event]:
         """Rows of history, newest first.
@@ -179,7 +203,7 @@ class Operations:
         """
         return self._store.history(tenant=tenant, limit=limit, before=before)
 
-    def _wrote(self, tenant: str, enabled: bool, actor: str, reason: str, began: float, outcome: str) -> None:
+    def _wrote(self, tenant: str, enabled: bool | None, actor: str, reason: str, began: float, outcome: str) -> None:
         self._append(
             tenant,
             Cause.WRITE,
@@ -198,7 +222,8 @@ class Operations:
             return
         enabled = end.outcome.enabled
         if before.failure is not None:
-            detail = f"after {before.failure.count} failed reads"
+            count = before.failure.count
+            detail = f"after {count} failed read{'' if count == 1 else 's'}"
             self._append(tenant, Cause.RECOVERED, enabled=enabled, latency_seconds=end.latency_seconds, detail=detail)
         if before.snapshot is None or before.snapshot.enabled is not enabled:
             detail = "first value" if before.snapshot is None else "another value than before"

@@ -14,12 +14,13 @@ from openfeature.evaluation_context import EvaluationContext
 from openfeature.event import ProviderEvent, ProviderEventDetails
 from openfeature.exception import ErrorCode, GeneralError, InvalidContextError, ProviderNotReadyError
 from openfeature.flag_evaluation import FlagResolutionDetails, FlagValueType
+from openfeature.hook import Hook
 from openfeature.provider import AbstractProvider, Metadata, ProviderStatus
 
 from external_oms.assemble import Service, assemble
 from external_oms.cache import Change, ChangeKind
 from external_oms.config import FLAG_KEY
-from external_oms.errors import TenantError
+from external_oms.errors import NothingToServe, TenantError, Unavailable
 from external_oms.freshness import Freshness
 from external_oms.judgement import Answer, State
 from external_oms.resolution import SharedDetails, details_of, expired_details, refuse_key, refuse_type
@@ -47,6 +48,12 @@ _EVENTS = {
     Standing.ERROR: ProviderEvent.PROVIDER_ERROR,
 }
 
+_STANDINGS: dict[ProviderStatus | None, Standing] = {
+    ProviderStatus.READY: Standing.READY,
+    ProviderStatus.STALE: Standing.STALE,
+    ProviderStatus.ERROR: Standing.ERROR,
+}
+
 Hot = tuple[float, Sequence[int], int, int | None, SharedDetails]
 """Until when, and while which word stands where, which details may be given again."""
 
@@ -63,6 +70,7 @@ class ExternalOMSProvider(AbstractProvider):
 
     Attributes:
         service: The parts, for the server and the command line.
+        hooks: What the SDK calls at each evaluation of this provider, beside its own hooks; empty, and then free.
 
     Raises:
         SettingsError: A setting is unknown, malformed or contradicts another.
@@ -82,6 +90,7 @@ class ExternalOMSProvider(AbstractProvider):
         self._monotonic = self.service.clock.monotonic
         self._when_expired = self.service.settings.when_expired
         self._metadata = Metadata(name="external-oms")
+        self.hooks: list[Hook] = []
         self._hot: dict[str | None, Hot] = {}
         self._standings = Standings()
         self._publishing = threading.Lock()
@@ -89,11 +98,16 @@ class ExternalOMSProvider(AbstractProvider):
         self._open = False  # whether the SDK has set the status that follows `initialize`
         self._shut = False
         self._cache.changes.listen(self._take_note)
+        self.service.reporter.start()
         _alive.add(self)
 
     def get_metadata(self) -> Metadata:
         """The provider's name."""
         return self._metadata
+
+    def get_provider_hooks(self) -> list[Hook]:
+        """What stands in `hooks`."""
+        return self.hooks
 
     # -- resolving ------------------------------------------------------------------------------------------------
 
@@ -159,7 +173,7 @@ class ExternalOMSProvider(AbstractProvider):
     def _warm(self, answer: Answer) -> None:
         """Have the fresh answer given again, as a cached one, while its warrant stands."""
         cached = details_of(self._cache.remembered(answer))
-        if cached is not None:
+        if cached is not None and not self._shut:
             hot = (*self._cache.warrant(answer), cached)
             self._hot[answer.tenant] = hot
             if len(self._cache.tenants) == 1:
@@ -210,12 +224,18 @@ class ExternalOMSProvider(AbstractProvider):
             TenantError: No tenant is named where several are configured, or it is unknown.
             NothingToServe: The SDK would serve the caller's default.
         """
-        hot = self._hot.get(tenant)
+        try:
+            hot = self._hot.get(tenant)
+        except TypeError:  # an unhashable tenant; refused below
+            hot = None
         if hot is not None:
             until, words, slot, word, details = hot
             if self._monotonic() < until and words[slot] == word:
                 return details.value
-        answer = self._cache.lookup(self._cache.tenant_of(tenant))
+        name = self._cache.tenant_of(tenant)
+        if self._shut:
+            raise NothingToServe(name, Unavailable("the provider was shut down"))
+        answer = self._cache.lookup(name)
         try:
             return self._details(answer).value
         except GeneralError as error:
@@ -305,6 +325,7 @@ class ExternalOMSProvider(AbstractProvider):
         if status is ProviderStatus.NOT_READY and tries > 0 and not self._shut:
             self._cache.after(RECONCILE_SECONDS, lambda: self._reconcile(tries - 1))
             return
+        self._published = _STANDINGS.get(status) or self._published
         self._open = not self._shut
         self._publish(None)
 

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import ipaddress
 import json
 import os
-import re
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
-from urllib.parse import urlsplit
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError, field_validator
+from pydantic import BeforeValidator, Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import (
     BaseSettings,
     NoDecode,
@@ -21,35 +18,23 @@ from pydantic_settings import (
 
 from external_oms.errors import SettingsError
 from external_oms.freshness import Windows
+from external_oms.tenants import (
+    DEFAULT_BASE_URL,
+    DEFAULT_CONFIG_PATH,
+    DEFAULT_TOKEN_URL,
+    TenantSettings,
+    check_credentials,
+    is_tenant_name,
+    safe_path,
+    safe_url,
+)
 
-__all__ = ["ENV_PREFIX", "Settings", "TenantSettings", "is_loopback", "is_tenant_name", "listed"]
+__all__ = ["ENV_PREFIX", "Settings", "TenantSettings", "listed"]
 
 ENV_PREFIX = "EXTERNAL_OMS_"
 CONFIG_FILE_VARIABLE = f"{ENV_PREFIX}CONFIG_FILE"
 
-DEFAULT_BASE_URL = "https://{tenant}.p.newstore.net"
-DEFAULT_TOKEN_URL = "https://id.p.newstore.net/auth/realms/{tenant}/protocol/openid-connect/token"  # noqa: S105 - an address, not a secret
-DEFAULT_CONFIG_PATH = "/v0/config/external_oms"
-
-_TENANT = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
 _STORE_SCHEMES = ("memory", "sqlite", "redis", "rediss", "redis+sentinel", "redis+cluster", "rediss+cluster", "unix")
-
-
-def is_loopback(host: str | None) -> bool:
-    """Whether a host name or address never leaves this machine."""
-    if host is None:
-        return False
-    if host == "localhost" or host.endswith(".localhost"):
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def is_tenant_name(name: str) -> bool:
-    """Whether a tenant can have this name: `[a-z0-9-]`, 1 to 63 characters."""
-    return _TENANT.fullmatch(name) is not None
 
 
 def listed(given: object) -> object:
@@ -85,62 +70,10 @@ Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 SecondsOrNone = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
-class TenantSettings(BaseModel):
-    """How one tenant's config API is reached, and with which credentials.
-
-    Attributes:
-        base_url: Scheme and host, and a path prefix if there is one; `{tenant}` stands for the tenant's name.
-            https, or http on loopback. Default: the platform's host per tenant.
-        config_path: Path of the resource. Not published; the default follows the published siblings of its family.
-        write_method: `POST`, `PUT` or `PATCH`. Not published either; the siblings are written with POST.
-        access_token: A static access token; or else
-        client_id: and
-        client_secret: for OAuth 2.0 client credentials, obtained at
-        token_url: (default: the platform's realm of the tenant), with
-        scope: the scopes to ask for, separated by spaces; empty asks for the client's own.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    base_url: str = DEFAULT_BASE_URL
-    config_path: str = DEFAULT_CONFIG_PATH
-    write_method: Literal["POST", "PUT", "PATCH"] = "POST"
-    access_token: SecretStr | None = None
-    client_id: str | None = None
-    client_secret: SecretStr | None = None
-    token_url: str = DEFAULT_TOKEN_URL
-    scope: str = ""
-
-    @field_validator("base_url", "token_url")
-    @classmethod
-    def _safe_url(cls, given: str) -> str:
-        parts = urlsplit(given.replace("{tenant}", "tenant"))
-        if not parts.hostname or parts.query or parts.fragment or parts.username or parts.password:
-            raise ValueError("must be an absolute URL without query, fragment or credentials")
-        if parts.scheme != "https" and not (parts.scheme == "http" and is_loopback(parts.hostname)):
-            raise ValueError("must be https (http is allowed on loopback only)")
-        return given.rstrip("/")
-
-    @field_validator("config_path")
-    @classmethod
-    def _safe_path(cls, given: str) -> str:
-        if not given.startswith("/") or given.startswith("//") or "?" in given or "#" in given or ".." in given:
-            raise ValueError("must be an absolute path, such as /v0/config/external_oms")
-        return given
-
-    def config_url(self, tenant: str) -> str:
-        """The address of the tenant's configuration."""
-        return self.base_url.replace("{tenant}", tenant) + self.config_path
-
-    def token_endpoint(self, tenant: str) -> str:
-        """The address of the tenant's token endpoint."""
-        return self.token_url.replace("{tenant}", tenant)
-
-
 class _TomlFile(PydanticBaseSettingsSource):
     """The TOML file that EXTERNAL_OMS_CONFIG_FILE names, as a source of settings."""
 
-    def get_field_value(self, field: object, field_name: str) -> tuple[Any, str, bool]:  # noqa: ARG002 - the base's form
+    def get_field_value(self, field: object, field_name: str) -> tuple[Any, str, bool]:  # noqa: ARG002 - as the base
         """Unused: the file is read whole."""
         return None, field_name, False
 
@@ -165,8 +98,10 @@ class Settings(BaseSettings):
         tenants: several: name to `TenantSettings`. What an entry leaves out it takes from the fields of the same name
             here, credentials excepted: no two tenants ever share one.
         ttl_seconds: How long a value is fresh. 30: the bound on staleness when nothing ever calls the webhook.
-        stale_while_revalidate_seconds: How long after that an old value may be served while a read runs. 30: one more lifetime.
-        stale_if_error_seconds: How long after that it may be served while reads fail. 3600: an outage of an hour routes on.
+        stale_while_revalidate_seconds: How long after that an old value may be served while a read runs. 30: one more
+            lifetime.
+        stale_if_error_seconds: How long after that it may be served while reads fail. 3600: an outage of an hour
+            routes on.
         when_expired: What is served after that: the caller's `default` (as an error), `on`, `off`, or the `last` value.
         timeout_seconds: The whole of one read, redirects of attention and token included. 5.
         retry_after_max_seconds: The most that a Retry-After is believed. 300: a wrong date must not silence a tenant.
@@ -181,16 +116,20 @@ class Settings(BaseSettings):
         webhook_api_keys: Keys that a sender of deliveries may show as a bearer instead.
         webhook_tolerance_seconds: How far a delivery's timestamp may be off. 300, as Standard Webhooks asks.
         webhook_max_bytes: The largest delivery. 65536; the specification asks senders to stay under 20 kB.
-        webhook_per_minute: How many deliveries of one tenant, and how many refused ones of one address, are taken a minute.
+        webhook_per_minute: How many deliveries of one tenant, and how many refused ones of one address, are taken
+            a minute.
             6000: a storm raises the generation each time and costs few reads, so this only bounds a flood.
-        writes_per_minute: How often one name may switch, and how often have the API read, a minute. 60: as often as the API likes.
+        writes_per_minute: How often one name may switch, and how often have the API read, a minute. 60: as often as
+            the API likes.
         logins_per_minute: How often one address may try to log in, a minute. 10: no person mistypes faster.
-        evaluations_per_minute: How often one key may evaluate over HTTP, a minute and process. 60000: no shop comes close.
+        evaluations_per_minute: How often one key may evaluate over HTTP, a minute and process. 60000: no shop comes
+            close.
         api_keys: `name:role:sha256-hex` entries of who may see (viewer), refresh (operator) and switch (admin).
         dashboard: Whether the page is served.
         metrics_open: Whether `/metrics` is served without a key.
         ofrep_origins: Browser origins that may call OFREP. None: no cross-origin access.
-        max_streams: Server-sent event streams at once in one process. 500: each holds a thread, of 4096 in many containers.
+        max_streams: Server-sent event streams at once in one process. 500: each holds a thread, of 4096 in many
+            containers.
         trusted_proxies: Addresses or networks whose identity header is believed. None.
         identity_header: The header in which a trusted proxy names the person.
         identity_role: The role of a person so named.
@@ -282,7 +221,7 @@ class Settings(BaseSettings):
         settings_cls: type[BaseSettings],
         init_settings: PydanticBaseSettingsSource,
         env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - the base's form; a .env file is the shell's business
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - a .env file is the shell's business
         file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - the base's form
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Keyword, then environment, then file."""
@@ -292,8 +231,8 @@ class Settings(BaseSettings):
         if self.ttl_seconds < self.timeout_seconds:
             raise SettingsError(
                 "ttl_seconds",
-                f"{self.ttl_seconds:g} is below timeout_seconds ({self.timeout_seconds:g}): a value could grow stale during "
-                "its own read; raise the one or lower the other",
+                f"{self.ttl_seconds:g} is below timeout_seconds ({self.timeout_seconds:g}): a value could grow stale "
+                "during its own read; raise the one or lower the other",
             )
         _check_store(self.store)
         if self.tenant is None and not self.tenants:
@@ -308,7 +247,18 @@ class Settings(BaseSettings):
                 raise SettingsError(
                     where, f"{name[:80]!r} is not a tenant's name: [a-z0-9-], 1 to 63 characters, such as acme-staging"
                 )
-            _check_credentials("" if self.tenant is not None else f"tenants.{name}.", reached)
+            check_credentials("" if self.tenant is not None else f"tenants.{name}.", reached)
+        self._refuse_shared_addresses()
+
+    def _refuse_shared_addresses(self) -> None:
+        """Two tenants at one address would be one configuration under two names, read with two tenants' tokens."""
+        holders: dict[str, str] = {}
+        for name, reached in self.by_tenant().items():
+            other = holders.setdefault(reached.config_url(name), name)
+            if other != name:
+                raise SettingsError(
+                    f"tenants.{name}.base_url", f"is the address of tenant {other!r} too; does it lack {{tenant}}?"
+                )
 
     def by_tenant(self) -> dict[str, TenantSettings]:
         """Every configured tenant with its own settings, what an entry leaves out taken from the top."""
@@ -328,12 +278,12 @@ class Settings(BaseSettings):
     @field_validator("base_url", "token_url")
     @classmethod
     def _safe_url(cls, given: str) -> str:
-        return TenantSettings._safe_url(given)  # noqa: SLF001 - one rule, two tables of one module
+        return safe_url(given)
 
     @field_validator("config_path")
     @classmethod
     def _safe_path(cls, given: str) -> str:
-        return TenantSettings._safe_path(given)  # noqa: SLF001 - one rule, two tables of one module
+        return safe_path(given)
 
     @property
     def windows(self) -> Windows:
@@ -360,28 +310,6 @@ def _check_store(store: str) -> None:
         )
     if scheme == "memory" and rest:
         raise SettingsError("store", "the memory store takes no path: memory://")
-
-
-def _check_credentials(prefix: str, reached: TenantSettings) -> None:
-    client = (reached.client_id, reached.client_secret)
-    if reached.access_token is not None and any(part is not None for part in client):
-        raise SettingsError(
-            f"{prefix}access_token", "is set beside client_id or client_secret; set the token or the client, not both"
-        )
-    if reached.access_token is not None:
-        _check_header_text(f"{prefix}access_token", reached.access_token)
-        return
-    if all(part is None for part in client):
-        raise SettingsError(f"{prefix}access_token", "no credentials: set access_token, or client_id and client_secret")
-    if any(part is None for part in client):
-        missing = "client_id" if reached.client_id is None else "client_secret"
-        raise SettingsError(f"{prefix}{missing}", "is not set beside its other half; client credentials are a pair")
-
-
-def _check_header_text(setting: str, secret: SecretStr) -> None:
-    text = secret.get_secret_value()
-    if not text or not text.isascii() or any(c.isspace() or not c.isprintable() for c in text):
-        raise SettingsError(setting, "must be printable ASCII without spaces; is there a newline at its end?")
 
 
 def _explained(error: ValidationError) -> SettingsError:

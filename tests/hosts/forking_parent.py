@@ -1,4 +1,4 @@
-"""A parent that evaluates, refreshes and is invalidated without rest, and forks at random instants; run by the fork tests.
+"""A parent that evaluates, refreshes and is invalidated without rest, and forks at random instants.
 
 Arguments: how many forks, and a seed. Each child answers its first evaluation, sees the next invalidation, and has its
 event handlers run; the parent prints one JSON object about all of them. Settings: the environment.
@@ -13,11 +13,12 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 
 from openfeature import api
 from openfeature.event import EventDetails, ProviderEvent
 
-from external_oms import FLAG_KEY, ExternalOMSProvider, ExternalOMSError
+from external_oms import FLAG_KEY, ExternalOMSError, ExternalOMSProvider
 
 CHILDREN_AT_ONCE = 6
 PATIENCE_SECONDS = 10.0
@@ -33,7 +34,7 @@ def child(provider: ExternalOMSProvider, heard: threading.Event, out: int) -> No
     problem = None if details.error_code is None else f"first answer: {details.error_code} {details.error_message}"
     generation = details.flag_metadata.get("generation", -1)
     until = time.monotonic() + PATIENCE_SECONDS
-    while problem is None and provider.state().generation <= generation:
+    while problem is None and provider.state().generation <= int(generation):
         client.get_boolean_details(FLAG_KEY, default_value=False)
         if time.monotonic() > until:
             problem = f"no invalidation was seen after generation {generation}"
@@ -41,6 +42,28 @@ def child(provider: ExternalOMSProvider, heard: threading.Event, out: int) -> No
     if problem is None and not heard.wait(PATIENCE_SECONDS):
         problem = "no event handler ran"
     os.write(out, json.dumps([first_seconds, problem]).encode() + b"\n")
+
+
+def fork_children(forks: int, dice: random.Random, live: Callable[[], None]) -> list[int]:
+    """Fork so many children at random instants, a few at a time; how each ended."""
+    living: set[int] = set()
+    codes: list[int] = []
+    for number in range(forks):
+        time.sleep(dice.random() * 0.02)
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            try:
+                live()
+                code = 0
+            finally:
+                os._exit(code)  # whatever happened, a child must not go on as a second parent
+        living.add(pid)
+        while len(living) >= (CHILDREN_AT_ONCE if number < forks - 1 else 1):
+            ended, status = os.wait()
+            living.discard(ended)
+            codes.append(status)
+    return codes
 
 
 def main(forks: int, seed: int) -> None:
@@ -73,27 +96,7 @@ def main(forks: int, seed: int) -> None:
     for thread in threads:
         thread.start()
     reading, writing = os.pipe()
-    living: set[int] = set()
-    codes: list[int] = []
-    for _ in range(forks):
-        time.sleep(dice.random() * 0.02)
-        pid = os.fork()
-        if pid == 0:
-            try:
-                child(provider, heard, writing)
-            except BaseException:
-                traceback.print_exc()
-                os._exit(1)
-            os._exit(0)
-        living.add(pid)
-        while len(living) >= CHILDREN_AT_ONCE:
-            ended, status = os.wait()
-            living.discard(ended)
-            codes.append(status)
-    while living:
-        ended, status = os.wait()
-        living.discard(ended)
-        codes.append(status)
+    codes = fork_children(forks, dice, lambda: child(provider, heard, writing))
     stop.set()
     os.close(writing)
     with os.fdopen(reading) as lines:

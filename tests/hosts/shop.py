@@ -33,18 +33,17 @@ def evaluate() -> Response:
 served: dict[int, float] = {}
 """When this process first served each generation, on the host's monotonic clock."""
 
-slowest = 0.0
+slowest = [0.0]
 """The longest that an evaluation of the lookout took, in seconds."""
 
 
 def look_out() -> None:
     """Evaluate every two milliseconds, as a busy service does."""
-    global slowest
     while True:
         began = time.monotonic()
         details = client.get_boolean_details(FLAG_KEY, default_value=False)
         ended = time.monotonic()
-        slowest = max(slowest, ended - began)
+        slowest[0] = max(slowest[0], ended - began)
         if not details.flag_metadata.get("stale", True):
             served.setdefault(int(details.flag_metadata["generation"]), ended)
         time.sleep(0.002)
@@ -57,4 +56,4 @@ def tell_served() -> Response:
         threading.Thread(target=look_out, name="lookout", daemon=True).start()
     generation = int(request.args.get("generation", "0"))
     moments = [moment for found, moment in served.items() if found >= generation]
-    return jsonify(pid=os.getpid(), first=min(moments, default=None), slowest=slowest)
+    return jsonify(pid=os.getpid(), first=min(moments, default=None), slowest=slowest[0])

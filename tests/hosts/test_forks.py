@@ -1,4 +1,4 @@
-"""Fork at random instants: every child answers at once from the warm value, hears the next invalidation and its events."""
+"""Fork at random instants: every child answers at once from the warm value and hears what happens next."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.hosts.test_one_host import TENANT, environment
 
 REPOSITORY = Path(__file__).parents[2]
 FIRST_ANSWER_SECONDS = 0.05
-"""The stated bound on a child's first answer; the machine's own pauses under load are allowed for in the suite's runs."""
+"""The stated bound on a child's first answer."""
 
 
 def fork(times: int, seed: int, tmp_path: Path, seconds: float) -> dict[str, object]:
@@ -57,5 +57,6 @@ def test_every_child_answers_at_once_and_hears_what_happens(tmp_path: Path) -> N
 @pytest.mark.timeout(900)
 def test_a_thousand_forks(tmp_path: Path) -> None:
     first = assert_all_well(fork(1000, 2, tmp_path, 800.0), 1000)
-    print(f"first answer: median {first[500] * 1e3:.2f} ms, p99 {first[990] * 1e3:.2f} ms, longest {first[-1] * 1e3:.2f} ms")
+    median, p99, longest = (1e3 * first[place] for place in (500, 990, -1))
+    print(f"first answer: median {median:.2f} ms, p99 {p99:.2f} ms, longest {longest:.2f} ms")
     assert first[-1] < FIRST_ANSWER_SECONDS

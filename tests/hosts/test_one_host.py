@@ -1,4 +1,4 @@
-"""Four gunicorn workers, one webhook, the file store: from the moment of a delivery's answer nobody answers the old value."""
+"""Four gunicorn workers, one webhook, the file store: once a delivery is answered nobody answers the old value."""
 
 from __future__ import annotations
 
@@ -71,12 +71,15 @@ def api() -> ConfigAPIEmulator:
 def test_after_a_delivery_is_answered_no_worker_answers_the_old_value(
     preload: bool, api: ConfigAPIEmulator, tmp_path: Path
 ) -> None:
-    with api, running(
-        "tests.hosts.shop:app",
-        environment=environment(api, tmp_path / "state" / "state.db"),
-        log=tmp_path / "gunicorn.log",
-        preload=preload,
-    ) as gunicorn:
+    with (
+        api,
+        running(
+            "tests.hosts.shop:app",
+            environment=environment(api, tmp_path / "state" / "state.db"),
+            log=tmp_path / "gunicorn.log",
+            preload=preload,
+        ) as gunicorn,
+    ):
         reads = play(gunicorn, api, rounds=12)
         assert len(reads) == 12
         assert max(reads) <= 2, "one read per round, and at most one look of the settling after the round before"
@@ -87,12 +90,15 @@ def test_after_a_delivery_is_answered_no_worker_answers_the_old_value(
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("preload", [False, True], ids=["each-worker-loads", "preload"])
 def test_two_hundred_rounds(preload: bool, api: ConfigAPIEmulator, tmp_path: Path) -> None:
-    with api, running(
-        "tests.hosts.shop:app",
-        environment=environment(api, tmp_path / "state" / "state.db"),
-        log=tmp_path / "gunicorn.log",
-        preload=preload,
-    ) as gunicorn:
+    with (
+        api,
+        running(
+            "tests.hosts.shop:app",
+            environment=environment(api, tmp_path / "state" / "state.db"),
+            log=tmp_path / "gunicorn.log",
+            preload=preload,
+        ) as gunicorn,
+    ):
         reads = play(gunicorn, api, rounds=200)
     print(f"rounds {len(reads)}, reads per round at most {max(reads)}, on average {sum(reads) / len(reads):.2f}")
     assert len(reads) == 200
@@ -123,9 +129,10 @@ def assert_clean(state: Path) -> None:
 @pytest.mark.timeout(120)
 def test_killing_a_worker_in_every_round_loses_nothing(api: ConfigAPIEmulator, tmp_path: Path) -> None:
     state = tmp_path / "state" / "state.db"
-    with api, running(
-        "tests.hosts.shop:app", environment=environment(api, state), log=tmp_path / "gunicorn.log"
-    ) as gunicorn:
+    with (
+        api,
+        running("tests.hosts.shop:app", environment=environment(api, state), log=tmp_path / "gunicorn.log") as gunicorn,
+    ):
         kill_in_every_round(gunicorn, api, 8, random.Random(7))
     assert_clean(state)
 
@@ -134,8 +141,9 @@ def test_killing_a_worker_in_every_round_loses_nothing(api: ConfigAPIEmulator, t
 @pytest.mark.timeout(1200)
 def test_killing_a_worker_in_every_one_of_a_hundred_rounds(api: ConfigAPIEmulator, tmp_path: Path) -> None:
     state = tmp_path / "state" / "state.db"
-    with api, running(
-        "tests.hosts.shop:app", environment=environment(api, state), log=tmp_path / "gunicorn.log"
-    ) as gunicorn:
+    with (
+        api,
+        running("tests.hosts.shop:app", environment=environment(api, state), log=tmp_path / "gunicorn.log") as gunicorn,
+    ):
         kill_in_every_round(gunicorn, api, 100, random.Random(11))
     assert_clean(state)

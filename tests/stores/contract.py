@@ -700,7 +700,7 @@ class SharedStoreContract(StoreContract):
 
         assert self.eventually(is_told)
         assert told == {TENANT}
-        assert self.same_record(store.load(TENANT), other.load(TENANT))
+        assert self.eventually(lambda: self.same_record(store.load(TENANT), other.load(TENANT)))
 
     def test_a_value_that_another_handle_stored_is_foreign(self, store: Store, other: Store, clock: FakeClock) -> None:
         lease = leased(other)

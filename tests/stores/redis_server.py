@@ -75,27 +75,54 @@ class RedisServer:
     Args:
         directory: Where it may write.
         options: Further options of its command line.
+        configuration: A file of options.
+        sentinel: Whether it is a Sentinel.
+        in_cluster: Whether it is a node of a cluster.
     """
 
-    def __init__(self, directory: Path, *options: str) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *options: str,
+        configuration: Path | None = None,
+        sentinel: bool = False,
+        in_cluster: bool = False,
+    ) -> None:
         self.port = free_port()
+        self.bus = free_port()
         self.url = f"redis://127.0.0.1:{self.port}/0"
         self._directory = directory
         self._options = options
+        if in_cluster:
+            file = f"nodes-{self.port}.conf"
+            own = ("--cluster-enabled", "yes", "--cluster-config-file", file, "--cluster-port", str(self.bus))
+            self._options = (*options, *own)
+        self._configuration = configuration
+        self._sentinel = sentinel
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        command = ["redis-server", "--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self._directory)]
-        command += ["--save", "", "--appendonly", "no", "--loglevel", "warning"]
-        command += ["--repl-diskless-sync-delay", "0", *self._options]
+        command = ["redis-server", *([str(self._configuration)] if self._configuration else [])]
+        command += ["--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self._directory)]
+        if self._sentinel:
+            command.append("--sentinel")
+        else:
+            command += ["--save", "", "--appendonly", "no", "--loglevel", "warning"]
+            command += ["--repl-diskless-sync-delay", "0", *self._options]
         self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        with self.client() as client:
-            until(lambda: self._answers(client))
+        try:
+            with self.client() as client:
+                until(lambda: self._answers(client))
+        except AssertionError:
+            self.stop()
+            raise
 
     @staticmethod
     def _answers(client: redis.Redis) -> bool:
         try:
             return bool(client.ping())
+        except redis.AuthenticationError:
+            return True
         except redis.RedisError:
             return False
 
@@ -133,9 +160,20 @@ class RedisServer:
             self._process.wait()
             self._process = None
 
-    def keys(self, pattern: str = "*") -> list[str]:
+    def command(self, *parts: str | int) -> object:
+        """Run any command."""
         with self.client() as client:
-            return [str(key) for key in client.scan_iter(pattern, count=1000)]
+            return client.execute_command(*parts)  # type: ignore[no-untyped-call]  # redis-py has it without types
+
+    def holds(self) -> list[str]:
+        """Its keys."""
+        with self.client() as client:
+            return [str(key) for key in client.scan_iter("*", count=1000)]
+
+    def calls(self) -> int:
+        """How many commands it has carried out, those of scripts and of this question included."""
+        with self.client() as client:
+            return int(client.info("stats")["total_commands_processed"])
 
     def field(self, key: str, field: str) -> str | None:
         with self.client() as client:

@@ -6,16 +6,24 @@ Members here have no threads: a rule says who acts, who hears which message, who
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 import pytest
 import redis
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+from redis.client import PubSub
 
 from external_oms.clock import SYSTEM_CLOCK
 from external_oms.config import Snapshot
@@ -45,8 +53,22 @@ class Member:
         self.store._look()
 
 
+def read_under(lease: Lease, version: int, *, updated: int | None = None) -> Snapshot:
+    """What a read gives that began when the world stood at this version; the validator names it."""
+    return Snapshot(
+        enabled=bool(version % 2),
+        updated_at=None if updated is None else datetime(2026, 3, 1, tzinfo=UTC) + timedelta(seconds=updated),
+        etag=str(version),
+        generation=lease.record.generation,
+        read_number=lease.number,
+        read_at=SYSTEM_CLOCK.monotonic(),
+        fetched_at=datetime.now(UTC),
+        lifetime_seconds=30.0,
+    )
+
+
 class Fleet(RuleBasedStateMachine):
-    """The world's value has a version that every invalidation announces; a value is known by the version it was read at."""
+    """The world's value has a version, announced by every invalidation; a read knows the version at its beginning."""
 
     url = ""
 
@@ -57,7 +79,7 @@ class Fleet(RuleBasedStateMachine):
         self.prefix = prefix = f"test-{secrets.token_hex(4)}"
         self.key = f"{prefix}:{{{TENANT}}}:record"
         self.members = [Member(RedisStore(self.url, prefix=prefix, tenants=(TENANT,))) for _ in range(3)]
-        self.told = self.client.pubsub(ignore_subscribe_messages=True)
+        self.told = PubSub(self.client.connection_pool, ignore_subscribe_messages=True)
         self.told.subscribe(f"{prefix}:changes")
         self.messages: list[str] = []
         self.version = 0
@@ -66,10 +88,8 @@ class Fleet(RuleBasedStateMachine):
 
     def collect(self) -> None:
         """Messages arrive here first; the rules decide who hears them, when, and whether at all."""
-        while self.told.connection is not None and self.told.connection.can_read(timeout=0):
-            message = self.told.get_message(timeout=0)
-            if message is not None:
-                self.messages.append(str(message["data"]))
+        while (message := self.told.get_message(timeout=0.002)) is not None:
+            self.messages.append(str(message["data"]))
 
     @rule(who=MEMBERS)
     def invalidate(self, who: int) -> None:
@@ -92,17 +112,7 @@ class Fleet(RuleBasedStateMachine):
         if not member.leases:
             return
         lease, version = member.leases.pop(0 if oldest else -1)
-        read = Snapshot(
-            enabled=bool(version % 2),
-            updated_at=None,
-            etag=str(version),
-            generation=lease.record.generation,
-            read_number=lease.number,
-            read_at=SYSTEM_CLOCK.monotonic(),
-            fetched_at=datetime.now(UTC),
-            lifetime_seconds=30.0,
-        )
-        member.store.put(lease, read)
+        member.store.put(lease, read_under(lease, version))
 
     @rule(who=MEMBERS, overtaken_by=st.none() | MEMBERS)
     def read(self, who: int, overtaken_by: int | None) -> None:
@@ -186,6 +196,108 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
     server.start()
     yield server
     server.stop()
+
+
+@pytest.fixture
+def make_member(server: RedisServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], Member]]:
+    monkeypatch.setattr(Follower, "start", lambda self: None)
+    prefix = f"test-{secrets.token_hex(4)}"
+    made: list[Member] = []
+
+    def make() -> Member:
+        made.append(Member(RedisStore(server.url, prefix=prefix, tenants=(TENANT,))))
+        return made[-1]
+
+    yield make
+    for member in made:
+        member.store.close()
+
+
+def read(member: Member, version: int, *, updated: int | None = None) -> None:
+    acquired = member.store.acquire(TENANT, seconds=60.0, metered=False)
+    assert isinstance(acquired, Lease)
+    assert member.store.put(acquired, read_under(acquired, version, updated=updated))
+
+
+def test_a_failover_that_lost_nothing_but_a_value_counts_as_an_invalidation_too(
+    server: RedisServer, make_member: Callable[[], Member]
+) -> None:
+    """Perhaps an invalidation was lost with it of which only the dead knew."""
+    one, other = make_member(), make_member()
+    key = f"{one.store.prefix}:{{{TENANT}}}:record"
+    read(one, 1)
+    with redis.Redis.from_url(server.url) as client:
+        saved = client.dump(key)
+        assert isinstance(saved, bytes)
+        read(one, 2)
+        other.look()
+        client.restore(key, 0, saved, replace=True)
+    for member in (one, other, make_member()):
+        member.look()
+        record = member.record()
+        assert record.generation == 1
+        assert record.snapshot is not None
+        assert (record.snapshot.generation, record.snapshot.etag) == (0, "2")
+
+
+def test_a_late_message_of_an_epoch_that_is_gone_is_not_believed(
+    server: RedisServer, make_member: Callable[[], Member]
+) -> None:
+    one, other = make_member(), make_member()
+    with redis.Redis.from_url(server.url, decode_responses=True) as client, PubSub(client.connection_pool) as told:
+        told.subscribe(f"{one.store.prefix}:changes")
+        for _ in range(3):
+            one.store.invalidate(TENANT)
+        client.delete(f"{one.store.prefix}:{{{TENANT}}}:record")
+        other.look()
+        read(other, 1)
+        late = []
+        while (message := told.get_message(timeout=0.2)) is not None:
+            late.append(message)
+    one.look()
+    other.look()
+    before = other.record()
+    for message in late:
+        if message["type"] == "message":
+            other.store._exchange.hear(str(message["data"]))
+    assert other.record() == before
+    assert one.record().generation == before.generation == 4
+
+
+def test_a_value_from_the_outage_loses_against_a_newer_one_by_what_the_api_says(
+    make_member: Callable[[], Member],
+) -> None:
+    lonely, other = make_member(), make_member()
+    read(other, 1, updated=10)
+    lonely.look()
+    lonely.store._link.fail(redis.ConnectionError())
+    read(lonely, 2, updated=15)
+    read(other, 3, updated=20)
+    lonely.look()
+    for member in (lonely, other):
+        snapshot = member.record().snapshot
+        assert snapshot is not None
+        assert snapshot.etag == "3"
+    assert lonely.store._mirror.debt(TENANT).offer is None
+
+
+@pytest.mark.parametrize("tenants", [1, 3, 1200])
+def test_a_fleet_of_tenants_that_redis_forgot_is_repaired_with_one_script_each(
+    server: RedisServer, make_member: Callable[[], Member], tenants: int
+) -> None:
+    store = make_member().store
+    names = [f"tenant-{number}" for number in range(tenants)]
+    for name in names:
+        store.watch(name)
+        store.invalidate(name)
+    server.flush()
+    calls = server.calls()
+    store._look()
+    assert [store.load(name).generation for name in names] == [2] * tenants
+    assert server.calls() - calls <= tenants * 7 + 30, "its stamp, and a script of five commands"
+    before = server.calls()
+    store._look()
+    assert server.calls() - before <= tenants + 5, "a look at what is in step asks for stamps alone"
 
 
 def test_the_fence_holds_at_every_interleaving(server: RedisServer, monkeypatch: pytest.MonkeyPatch) -> None:

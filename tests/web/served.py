@@ -11,7 +11,7 @@ import time
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +21,12 @@ from external_oms.emulator import ConfigAPIEmulator
 from external_oms.testing import sign_delivery
 from tests.web.conftest import ENTRIES, HOOK, KEYS, SECRET
 
-__all__ = ["Served", "served"]
+__all__ = ["FLAG_PATH", "SERVE", "Served", "served"]
 
 START_SECONDS = 40.0
 """How long the server may take to start, on a machine that is busy with other tests."""
+
+SERVE = (sys.executable, "-m", "external_oms", "serve")
 
 FLAG_PATH = "/ofrep/v1/evaluate/flags/external_oms_enabled"
 
@@ -57,11 +59,19 @@ class Served:
     def flip(self, enabled: bool) -> float:
         """Change the value upstream and deliver; the moment of the delivery's answer, seconds since the epoch."""
         self.api.set_enabled(None, enabled)
-        body = json.dumps({"tenant": self.api.tenants[0]}).encode()
-        status, answer = self.post(HOOK, body, sign_delivery(body, SECRET, delivery_id=f"msg_{uuid.uuid4()}"))
+        status, answer = self._deliver()
         answered = time.time()
         assert (status, answer["enabled"]) == (200, enabled), answer
         return answered
+
+    def deliver_in_vain(self) -> None:
+        """Deliver while the config API cannot be read."""
+        status, answer = self._deliver()
+        assert (status, answer["refreshed"]) == (202, False), answer
+
+    def _deliver(self) -> tuple[int, dict[str, object]]:
+        body = json.dumps({"tenant": self.api.tenants[0]}).encode()
+        return self.post(HOOK, body, sign_delivery(body, SECRET, delivery_id=f"msg_{uuid.uuid4()}"))
 
     def workers(self) -> list[int]:
         """The processes that answer."""
@@ -71,7 +81,7 @@ class Served:
 
 @contextmanager
 def served(
-    api: ConfigAPIEmulator, place: Path, *, workers: int = 2, command: list[str] | None = None, **settings: str
+    api: ConfigAPIEmulator, place: Path, *, workers: int = 2, command: Sequence[str] = SERVE, **settings: str
 ) -> Iterator[Served]:
     """A server until the block ends.
 
@@ -79,7 +89,7 @@ def served(
         api: What it reads.
         place: Where its store and its log go.
         workers: How many processes.
-        command: What runs in place of `external-oms serve`; gets `--bind` and `--workers` like it.
+        command: What is run; `--bind` and `--workers` are added.
         settings: Further settings, by their names.
     """
     own = {
@@ -91,9 +101,8 @@ def served(
     }
     environment = {f"EXTERNAL_OMS_{name}": value for name, value in own.items()} | environment_of(api)
     with socket.create_server(("127.0.0.1", 0), backlog=1024) as line, (place / "log").open("wb") as log:
-        serve = command or [sys.executable, "-m", "external_oms", "serve"]
         process = subprocess.Popen(
-            [*serve, "--bind", f"fd://{line.fileno()}", "--workers", str(workers)],
+            [*command, "--bind", f"fd://{line.fileno()}", "--workers", str(workers)],
             env=os.environ | environment,
             stdout=log,
             stderr=log,

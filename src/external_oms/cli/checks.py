@@ -246,7 +246,7 @@ def _store_finding(settings: Settings, clock: Clock) -> Finding:
     finally:
         store.close()
     if not health.ok:
-        return Finding("store", Verdict.FAIL, f"{where}: {health.problem}", "until then each process is on its own")
+        return Finding("store", Verdict.FAIL, f"{where}: {health.problem}")
     if store.kind == "memory":
         advice = "with several processes use sqlite:////path/state.db, or redis://host:6379/0 with several hosts"
         return Finding("store", Verdict.NOTE, f"{where}: an invalidation reaches one process only", advice)

@@ -31,7 +31,7 @@ WORKERS = 2
 _EVALUATION = f"/ofrep/v1/evaluate/flags/{FLAG_KEY}"
 
 
-@click.command(short_help="See it work in ten seconds: emulator, server, a flip and a delivery.")
+@click.command(short_help="See it work in ten seconds, with no settings.")
 @click.option("--check", is_flag=True, help="End by itself, with 0 where every worker followed, else with 1.")
 def demo(check: bool) -> None:
     """See it work: an emulator, a server with two workers, a flip in the config API and a signed delivery.

@@ -19,7 +19,7 @@ __all__ = ["doctor"]
 _STYLES = {Verdict.OK: "green", Verdict.NOTE: "yellow", Verdict.FAIL: "bold red"}
 
 
-@click.command()
+@click.command(short_help="Look at settings, token, read, clock and store.")
 def doctor() -> None:
     """Look at every setting, the token and its scopes, the read, the clock and the store.
 

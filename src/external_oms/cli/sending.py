@@ -20,7 +20,8 @@ from external_oms.cli.printing import cell, say, span
 from external_oms.clock import SYSTEM_CLOCK
 from external_oms.config import format_instant
 from external_oms.errors import SettingsError, SignatureError
-from external_oms.settings import ENV_PREFIX, Settings, is_loopback, listed
+from external_oms.settings import ENV_PREFIX, Settings, listed
+from external_oms.tenants import is_loopback
 from external_oms.transport import Answer, Transport
 from external_oms.web.serving import DEFAULT_BIND
 from external_oms.web.webhook import PATH

@@ -16,7 +16,8 @@ from external_oms.cli.place import with_place
 from external_oms.cli.reaching import environment_of
 from external_oms.config import FLAG_KEY
 from external_oms.emulator import ConfigAPIEmulator
-from external_oms.settings import Settings, is_tenant_name
+from external_oms.settings import Settings
+from external_oms.tenants import is_tenant_name
 from external_oms.web.app import FLAGS, check_credentials
 from external_oms.web.serving import DEFAULT_BIND, THREADS, Serving, is_private, is_taken, run
 
@@ -35,7 +36,13 @@ def _default_workers() -> int:
     "--bind", default=DEFAULT_BIND, show_default=True, metavar="ADDRESS", help="host:port, unix:/path, fd://N."
 )
 @click.option("--workers", type=click.IntRange(1, 64), help="Processes; 2 to 4, by the cores, unless it is given.")
-@click.option("--threads", type=click.IntRange(1, 1000), default=THREADS, show_default=True, help="Threads of each.")
+@click.option(
+    "--threads",
+    type=click.IntRange(1, 1000),
+    default=THREADS,
+    show_default=True,
+    help="Threads of each, beside those of event streams.",
+)
 @click.option("--preload", is_flag=True, help="Make the app before the workers are forked.")
 @click.option("--name-members", is_flag=True, help="Answers name the process that gave them, in External-OMS-Member.")
 @click.option("--insecure", is_flag=True, help="Without credentials; on loopback only.")

@@ -11,7 +11,7 @@ import click
 
 from external_oms.assemble import Service
 from external_oms.cli.endings import endable
-from external_oms.cli.frame import Code, json_option, opened, tenant_option
+from external_oms.cli.frame import Code, fail, json_option, opened, tenant_option
 from external_oms.cli.printing import Cell, ago, cell, clock_time, flag, moment, print_json, print_table, say, span
 from external_oms.config import format_instant
 from external_oms.freshness import Freshness
@@ -31,7 +31,7 @@ _COLOURS = {Freshness.FRESH: "green", Freshness.STALE: "yellow", Freshness.EXPIR
 Essence = tuple[bool | None, Freshness, int, datetime | None, datetime | None]
 
 
-@click.command()
+@click.command(short_help="Show the flag, its freshness, and what is wrong.")
 @tenant_option
 @json_option
 def status(tenant: str | None, as_json: bool) -> None:
@@ -101,7 +101,7 @@ def _trouble(state: State) -> str:
     return f"reads fail{since} ({state.failures} in a row){again}: {state.last_error}"
 
 
-@click.command()
+@click.command(short_help="Show the flag, and a line for each change.")
 @tenant_option
 @json_option
 def watch(tenant: str | None, as_json: bool) -> None:
@@ -149,7 +149,7 @@ def _print_change(state: State, now_wall: float, *, as_json: bool) -> None:
         say(*told)
 
 
-@click.command()
+@click.command(short_help="Show what happened, newest first.")
 @tenant_option
 @click.option("--limit", type=click.IntRange(1, 10_000), default=20, show_default=True, help="The most rows.")
 @json_option
@@ -158,6 +158,9 @@ def history(tenant: str | None, limit: int, as_json: bool) -> None:
     with opened() as service:
         chosen = None if tenant is None else service.cache.tenant_of(tenant)
         events = service.operations.history(tenant=chosen, limit=limit)
+        health = service.store.health()
+    if not health.ok:
+        fail(f"the history cannot be read: {health.problem}")
     if as_json:
         for event in events:
             print_json(event_shape(event))

@@ -25,7 +25,7 @@ _yes = click.option("--yes", "-y", is_flag=True, help="Ask nothing.")
 _dry_run = click.option("--dry-run", is_flag=True, help="Say what would be written, and write nothing.")
 
 
-@click.command()
+@click.command(short_help="Switch the flag on, in the config API.")
 @_tenant
 @_reason
 @_yes
@@ -35,7 +35,7 @@ def enable(tenant: str | None, reason: str, yes: bool, dry_run: bool) -> None:
     _switch(tenant, True, reason=reason, yes=yes, dry_run=dry_run)
 
 
-@click.command()
+@click.command(short_help="Switch the flag off, in the config API.")
 @_tenant
 @_reason
 @_yes

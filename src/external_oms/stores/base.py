@@ -273,7 +273,7 @@ class Store(Protocol):
         ...
 
     def after_fork(self) -> None:
-        """Called once in a forked child, before anything else: let go of every socket, lock and handle of the parent."""
+        """In a forked child, before anything else: let go of every socket, lock and handle of the parent."""
         ...
 
     def close(self) -> None:

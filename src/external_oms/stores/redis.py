@@ -15,7 +15,7 @@ Keys, all with a life, those of a tenant under one hash tag so that a cluster ke
     {prefix}:changes                the channel on which changes are told
 
 An ACL user needs `~{prefix}:*`, `&{prefix}:changes`, and the commands `eval`, `evalsha`, `hmget`, `mget`, `subscribe`,
-`ping`, `client|setinfo` and those that the scripts call: `time`, `hset`, `hmget`, `get`, `set`, `del`, `exists`,
+`ping`, and those that the scripts call: `time`, `hset`, `hmget`, `get`, `set`, `del`, `exists`,
 `pexpire`, `pttl`, `publish`, `xadd`, `xtrim`, `xrevrange`, `zadd`, `zrangebyscore`, `zremrangebyscore`.
 """
 

@@ -177,7 +177,10 @@ class Exchange:
             Away: Redis cannot be asked; what was settled until then stays settled.
         """
         debts = {tenant: self._mirror.debt(tenant) for tenant in self._mirror.tenants}
-        stamps = self._stamps(tuple(debts)) if debts else {}
+        if not debts:  # no tenant was asked for yet, and whether Redis answers is to be known all the same
+            self._link.run(NOW, [self.channel], (), probing=True)
+            return
+        stamps = self._stamps(tuple(debts))
         differing = []
         for tenant, stamp in stamps.items():
             debt = debts[tenant]
@@ -192,28 +195,35 @@ class Exchange:
     def _stamps(self, tenants: Sequence[str]) -> dict[str, Stamp]:
         """What Redis holds of each tenant, and on the way the time of every server."""
         keys = {tenant: self.key(tenant, "record") for tenant in tenants}
-        nodes = {self._link.node_of(key): tenant for tenant, key in keys.items()}
+        apart = self._link.is_cluster()  # its pipeline takes no scripts
 
         def work(client: Client) -> object:
             pipeline = client.pipeline(transaction=False)
-            for tenant in nodes.values():
-                pipeline.eval(NOW.text, 1, keys[tenant])
+            if not apart:
+                pipeline.eval(NOW.text, 1, keys[tenants[0]])
             for key in keys.values():
                 pipeline.hmget(key, ("epoch", "generation", "revision"))
             return pipeline.execute()
 
-        sent = self._clock.monotonic()
-        replies = self._link.call(work, probing=True)
-        received = self._clock.monotonic()
         try:
+            if apart:
+                for tenant in {self._link.node_of(key): tenant for tenant, key in keys.items()}.values():
+                    sent = self._clock.monotonic()
+                    self._note(tenant, self._link.run(NOW, [keys[tenant]], (), probing=True), sent=sent)
+            sent = self._clock.monotonic()
+            replies = self._link.call(work, probing=True)
             if not isinstance(replies, list):
                 raise TypeError("a pipeline answers with a list")
-            for tenant, told in zip(nodes.values(), replies, strict=False):
-                self._clock_of(tenant).note(sent, received, int(str(told)))
-            return dict(zip(keys, map(decode_stamp, replies[len(nodes) :]), strict=True))
+            if not apart:
+                self._note(tenants[0], replies.pop(0), sent=sent)
+            return dict(zip(keys, map(decode_stamp, replies), strict=True))
         except STRANGE as error:
             self._link.fail(error)
             raise Away from error
+
+    def _note(self, tenant: str, told: Reply, *, sent: float) -> None:
+        """Learn what the server that keeps this tenant says the time is."""
+        self._clock_of(tenant).note(sent, self._clock.monotonic(), int(str(told)))
 
     def _bring_in_step(self, differing: Mapping[str, bool]) -> None:
         """Touch these records; to those that Redis forgot, our snapshot is offered, so that the last value lives on."""

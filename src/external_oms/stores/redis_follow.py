@@ -152,7 +152,9 @@ class Follower:
                     closing.wait(self._within(AGAIN))
                 continue
             except Exception:  # the thread must live, or the bound is gone
-                logger.exception("following Redis failed; this is a defect of external_oms, please report it")
+                if not failures:
+                    logger.exception("following Redis failed; this is a defect of external_oms, please report it")
+                failures += 1
                 closing.wait(self._within(AGAIN))
                 continue
             failures = 0

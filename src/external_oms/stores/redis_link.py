@@ -108,9 +108,17 @@ class Link:
             self.fail(error)
             raise Away from error
 
+    def is_cluster(self) -> bool:
+        """Whether the keys are spread over several servers; raises `Away` like `call`."""
+        try:
+            return hasattr(self.client(), "get_node_from_key")  # only a cluster's client has it
+        except FAILURES as error:
+            self.fail(error)
+            raise Away from error
+
     def node_of(self, key: str) -> str:
         """The name of the server that keeps a key, in a cluster; empty where there is only one."""
-        where = getattr(self._client, "get_node_from_key", None)  # only a cluster's client has it
+        where = getattr(self._client, "get_node_from_key", None)
         if where is None:
             return ""
         try:
@@ -138,7 +146,7 @@ class Link:
         rest = calls[1:]
         if not rest:
             return first
-        if hasattr(self.client(), "get_node_from_key"):
+        if self.is_cluster():
             return first + [self.run(script, *call, probing=True) for call in rest]
 
         def work(client: Client) -> object:

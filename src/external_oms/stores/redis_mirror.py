@@ -281,9 +281,7 @@ def _verdict(seen: Stamp, known: Stamp, asked: Stamp | None) -> Verdict:
     """What a state seen is, given the one known now and the one known when Redis was asked."""
     if seen.epoch == known.epoch:
         if seen.revision <= known.revision:
-            # late, or gone back: gone back for certain where we knew more before we asked
-            back = asked is not None and asked.epoch == seen.epoch and seen.revision < asked.revision
-            return Verdict.LOST if back else Verdict.SAME
+            return Verdict.SAME  # or late; had Redis gone back, the script would have raised it above what was known
         return Verdict.LOST if seen.generation < known.generation else Verdict.ADOPTED
     if not known.epoch:
         return Verdict.LOST if seen.generation < known.generation else Verdict.ADOPTED

@@ -18,7 +18,8 @@ from urllib.parse import urlsplit
 from flask import Request, current_app, request
 
 from external_oms.errors import SettingsError
-from external_oms.settings import Settings, is_loopback
+from external_oms.settings import Settings
+from external_oms.tenants import is_loopback
 from external_oms.web.problems import Problem
 
 __all__ = [
@@ -112,7 +113,7 @@ class Identity:
     @property
     def is_ambient(self) -> bool:
         """Whether a browser sends this identity along by itself, whoever made it ask."""
-        return self.via in {Via.PROXY, Via.SESSION}
+        return self.via in {Via.PROXY, Via.SESSION, Via.NOTHING}
 
 
 def new_key(name: str, role: Role, *, token: Callable[[int], str] = secrets.token_urlsafe) -> tuple[str, str]:
@@ -142,6 +143,7 @@ class Keyring:
             SettingsError: An entry is not `name:role:sha256-hex`; the entry itself is not quoted, it may be a key.
         """
         self._entries = tuple(_parsed(number, entry) for number, entry in enumerate(entries, start=1))
+        self._marked = {_mark(digest): identity for digest, identity in self._entries}
 
     def __len__(self) -> int:
         """How many keys are known."""
@@ -151,6 +153,14 @@ class Keyring:
         """Whether there is a key of that name and role."""
         return any((known.name, known.role) == (identity.name, identity.role) for _, known in self._entries)
 
+    def marked(self, mark: str) -> Identity | None:
+        """Whose key has that mark, or None where there is no such key (any more)."""
+        return self._marked.get(mark)
+
+    def mark(self, key: str) -> str | None:
+        """What a session remembers of a key, from which nobody learns the key or its entry; None for a wrong key."""
+        return None if self.identity(key) is None else _mark(hashlib.sha256(key.encode()).digest())
+
     def identity(self, key: str) -> Identity | None:
         """Whose key it is, or None; takes the same time whichever entry fits, or none."""
         shown = hashlib.sha256(key.encode()).digest()
@@ -159,6 +169,10 @@ class Keyring:
             if hmac.compare_digest(digest, shown):
                 found = identity
         return found
+
+
+def _mark(digest: bytes) -> str:
+    return hashlib.sha256(b"external_oms.session:" + digest).hexdigest()[:32]
 
 
 def _parsed(number: int, entry: str) -> tuple[bytes, Identity]:
@@ -217,13 +231,24 @@ class Access:
                 return found
         return None
 
-    def _of_proxy(self, asked: Request) -> Identity | None:
+    def address(self, asked: Request) -> str:
+        """From where somebody asks: through a trusted proxy, what that proxy itself says; empty where it is not known."""
+        hops = [hop.strip() for hop in asked.headers.get("X-Forwarded-For", "").split(",") if hop.strip()]
+        here = asked.remote_addr or ""
+        while hops and self._is_trusted(here):
+            here = hops.pop()
+        return here[:64]
+
+    def _is_trusted(self, address: str) -> bool:
         try:
-            address = ipaddress.ip_address(asked.remote_addr or "")
+            known = ipaddress.ip_address(address)
         except ValueError:
-            return None
+            return False
+        return any(known in network for network in self._proxies)
+
+    def _of_proxy(self, asked: Request) -> Identity | None:
         name = asked.headers.get(self._header, "")
-        if not any(address in network for network in self._proxies) or not _PERSON.fullmatch(name):
+        if not self._is_trusted(asked.remote_addr or "") or not _PERSON.fullmatch(name):
             return None
         return Identity(name, self._role, Via.PROXY)
 

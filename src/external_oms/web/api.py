@@ -103,8 +103,14 @@ def blueprint(parts: Parts) -> Blueprint:
 
     @require(Role.VIEWER)
     def events() -> Response:
+        named = request.args.get("tenant")
+        wanted = cache.tenants if named is None else (cache.tenant_of(named),)
+
+        def news(name: str, kind: ChangeKind) -> Iterable[Message]:
+            return changed(name, kind) if named is None or name == named else ()
+
         return stream_response(
-            parts.hub, changed, first=lambda: (message for name in cache.tenants for message in changed(name))
+            parts.hub, news, first=lambda: (message for name in wanted for message in changed(name))
         )
 
     resource(mounted, "/tenants", GET=tenants)

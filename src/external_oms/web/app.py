@@ -14,7 +14,7 @@ from external_oms import signature
 from external_oms.errors import SettingsError, SignatureError
 from external_oms.provider import ExternalOMSProvider
 from external_oms.settings import Settings
-from external_oms.web import api, flagd, health, ofrep, openapi, webhook
+from external_oms.web import api, dashboard, flagd, health, ofrep, openapi, webhook
 from external_oms.web.access import EXTENSION, Access, only_loopback
 from external_oms.web.limits import Limits
 from external_oms.web.parts import Parts
@@ -31,6 +31,7 @@ BLUEPRINTS: tuple[tuple[str, Callable[[Parts], Blueprint]], ...] = (
     ("ofrep", ofrep.blueprint),
     ("ofrep", flagd.blueprint),
     ("health", health.blueprint),
+    ("dashboard", dashboard.blueprint),
 )
 """What can be mounted: the flag that asks for it, and what makes it. A new part is one line here."""
 
@@ -39,9 +40,6 @@ FLAGS = frozenset(flag for flag, _ in BLUEPRINTS)
 
 _OPEN = frozenset({"webhook", "health"})
 """Flags whose routes ask for no key of `api_keys`: the webhook has its own credentials, health has nothing to hide."""
-
-_WITH_FORMS = frozenset({"dashboard"})
-"""Flags whose routes take forms of a browser's session, so that a CSRF token is asked for."""
 
 _logger = logging.getLogger(__name__)
 
@@ -138,17 +136,18 @@ def mount(
     if settings.insecure:
         whole.before_request(only_loopback)
         _logger.warning("`insecure` is set: without credentials, and for this machine only")
-    without_csrf = []
-    for flag, blueprint in BLUEPRINTS:
-        if flag in flags:
-            made = blueprint(parts)
-            whole.register_blueprint(made)
-            if flag not in _WITH_FORMS:
-                without_csrf.append(made)
+    made = [blueprint(parts) for flag, blueprint in BLUEPRINTS if flag in flags]
+    for part in made:
+        whole.register_blueprint(part)
     app.register_blueprint(whole)
-    _exempt_from_csrf(app, without_csrf)
+    _exempt_from_csrf(app, made)
     if "webhook" in flags:
         _warn_of_lone_memory(settings)
+    if "dashboard" in flags and "redis" in settings.store and settings.session_secret is None:
+        _logger.warning(
+            "session_secret is not set: a login at this host is not known at the others that share the store; "
+            "set the same one at each, such as `openssl rand -base64 32` makes"
+        )
     return parts
 
 
@@ -165,7 +164,7 @@ class _Csrf(Protocol):
 
 
 def _exempt_from_csrf(app: Flask, blueprints: Collection[Blueprint]) -> None:
-    """Have the app's own CSRFProtect let through what shows credentials of its own with each request.
+    """Have the app's own CSRFProtect let through what shows credentials, or form tokens, of its own.
 
     It may come onto the app later than we do, so the first requests look for it again, before it looks at them.
     """

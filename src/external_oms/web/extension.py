@@ -28,7 +28,7 @@ class Choice(TypedDict, total=False):
         webhook: Whether deliveries are taken. True.
         api: Whether `/api/v1` and `/openapi.json` are served. False, as are the following.
         ofrep: Whether OFREP is served.
-        dashboard: Whether the page is served.
+        dashboard: Whether the page is served, and with it the API, whose event stream keeps it live.
         metrics: Whether `/metrics` is served.
         health: Whether `/healthz` and `/readyz` are served.
     """
@@ -103,6 +103,8 @@ class ExternalOMS:
         domain = chosen.get("domain")
         settled = settings or self._settings or self._configured(app)
         flags = frozenset(flag for flag in FLAGS if chosen.get(flag, flag == "webhook"))
+        if "dashboard" in flags:
+            flags |= {"api"}  # whose event stream keeps the page live
         check_credentials(settled, flags)
         registered = api.get_client(domain).provider
         provider = self._provider if settings is None else None

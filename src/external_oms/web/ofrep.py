@@ -20,7 +20,7 @@ from openfeature.exception import (
     InvalidContextError,
     ProviderNotReadyError,
 )
-from openfeature.flag_evaluation import FlagResolutionDetails
+from openfeature.flag_evaluation import FlagResolutionDetails, Reason
 from werkzeug.routing import BaseConverter
 
 from external_oms.config import FLAG_KEY
@@ -28,6 +28,7 @@ from external_oms.errors import TenantError
 from external_oms.web.access import Identity, Role, demand
 from external_oms.web.bodies import demand_json_type, json_object, raw_body
 from external_oms.web.events import Tickets, instant_of, refetch_stream, stream_address
+from external_oms.web.hooks import Evaluated, Via
 from external_oms.web.ofrep_shapes import (
     Configuration,
     Flag,
@@ -36,6 +37,7 @@ from external_oms.web.ofrep_shapes import (
     evaluated,
     failed,
     flag_of,
+    reason_of,
     unserved,
 )
 from external_oms.web.origins import allow_origins
@@ -149,6 +151,7 @@ class _Evaluation:
     def __init__(self, parts: Parts) -> None:
         self._provider = parts.provider
         self._cache = parts.service.cache
+        self._evaluated = parts.evaluated
         self._made: dict[object, tuple[FlagResolutionDetails[bool], bytes]] = {}
 
     def answer(self, key: str) -> Response:
@@ -158,7 +161,10 @@ class _Evaluation:
         try:
             details = self._provider.resolve_boolean_details(key, False, asked)
         except GeneralError:
-            return Response(compact(unserved(self._cache.peek(self._cache.tenant_of(tenant)))), content_type=_JSON)
+            name = self._cache.tenant_of(tenant)
+            self._evaluated.tell(Evaluated(name, Reason.ERROR.value, Via.OFREP))
+            return Response(compact(unserved(self._cache.peek(name))), content_type=_JSON)
+        self._evaluated.tell(Evaluated(str(details.flag_metadata["tenant"]), str(details.reason), Via.OFREP))
         return Response(self._bytes(tenant, details), content_type=_JSON)
 
     def _bytes(self, tenant: object, details: FlagResolutionDetails[bool]) -> bytes:
@@ -187,6 +193,7 @@ class _Bulk:
             flags = (failed(ErrorCode.INVALID_CONTEXT, str(error), key=FLAG_KEY),)
             return self._shaped(configuration_of(flags), {}, etag=f'"{configuration_of(flags).tag}"')
         now = self._caught_up(name)
+        self._parts.evaluated.tell(Evaluated(name, reason_of(now.flags[0]).value, Via.OFREP))
         ticket = self._tickets.ticket(who)
         address = stream_address(self._stream_path(), tenant=name, since=now.tag, ticket=ticket)
         streams: JSON = [{"type": "sse", "endpoint": {"requestUri": address}}]

@@ -22,7 +22,17 @@ from external_oms.judgement import Answer
 from external_oms.resolution import WhenExpired, details_of, expired_details, metadata_of
 from external_oms.web.shapes import JSON
 
-__all__ = ["Configuration", "Flag", "compact", "configuration_of", "evaluated", "failed", "flag_of", "unserved"]
+__all__ = [
+    "Configuration",
+    "Flag",
+    "compact",
+    "configuration_of",
+    "evaluated",
+    "failed",
+    "flag_of",
+    "reason_of",
+    "unserved",
+]
 
 Flag: TypeAlias = dict[str, JSON]
 """One flag of an answer: a success or a failure."""
@@ -93,6 +103,15 @@ def flag_of(answer: Answer, when_expired: WhenExpired) -> Flag:
         except GeneralError:
             return _steady(unserved(answer))
     return _steady(evaluated(details))
+
+
+def reason_of(flag: Flag) -> Reason:
+    """Why a success says what it says, in OpenFeature's words, of which the protocol knows only some."""
+    metadata = flag["metadata"]
+    told = metadata if isinstance(metadata, dict) else {}
+    if told.get("when_expired") is not None:
+        return Reason.ERROR if told["when_expired"] == "default" else Reason.DEFAULT
+    return Reason.CACHED if told.get("cache") == Freshness.FRESH.value else Reason.STALE
 
 
 def _steady(flag: Flag) -> Flag:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from flask import Flask
 
 from external_oms.assemble import Service
 from external_oms.provider import ExternalOMSProvider
 from external_oms.settings import Settings
+from external_oms.signals import Signal
 from external_oms.web.access import EXTENSION, Access
+from external_oms.web.hooks import Evaluated
 from external_oms.web.limits import Limits
 from external_oms.web.streams import Hub
 
@@ -28,6 +30,8 @@ class Parts:
         hub: The event streams.
         url_prefix: Under which everything is mounted; empty, or with a slash in front and none at the end.
         mounted: The names of the mounted parts.
+        evaluated: Told of every evaluation over HTTP.
+        refused: Told the kind of problem that a delivery was refused with.
     """
 
     provider: ExternalOMSProvider
@@ -37,6 +41,8 @@ class Parts:
     hub: Hub
     url_prefix: str
     mounted: frozenset[str]
+    evaluated: Signal[Evaluated] = field(default_factory=Signal)
+    refused: Signal[str] = field(default_factory=Signal)
 
     @property
     def service(self) -> Service:

@@ -22,7 +22,8 @@ from flask import Flask, Response
 from gunicorn.app.base import BaseApplication
 from gunicorn.workers.gthread import ThreadWorker
 
-from external_oms.settings import Settings, is_loopback
+from external_oms.settings import Settings
+from external_oms.tenants import is_loopback
 from external_oms.web.access import EXTENSION
 from external_oms.web.app import create_app
 from external_oms.web.parts import Parts

@@ -48,6 +48,7 @@ def blueprint(parts: Parts) -> Blueprint:
             refused = problem_of(error)
             why = error.__cause__ if isinstance(error.__cause__, SignatureError) else refused.detail
             _log(refused.status, request, str(why))
+            parts.refused.tell(refused.kind)
             if refused is error:
                 raise
             raise refused from error

@@ -1,0 +1,148 @@
+"""How one tenant's config API is reached: addresses that lead nowhere else, and credentials of its own."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from typing import Literal
+from urllib.parse import urlsplit
+
+from pydantic import BaseModel, ConfigDict, SecretStr, field_validator
+
+from external_oms.errors import SettingsError
+
+__all__ = [
+    "DEFAULT_BASE_URL",
+    "DEFAULT_CONFIG_PATH",
+    "DEFAULT_TOKEN_URL",
+    "TenantSettings",
+    "check_credentials",
+    "is_loopback",
+    "is_tenant_name",
+    "safe_path",
+    "safe_url",
+]
+
+DEFAULT_BASE_URL = "https://{tenant}.p.newstore.net"
+DEFAULT_TOKEN_URL = "https://id.p.newstore.net/auth/realms/{tenant}/protocol/openid-connect/token"  # noqa: S105 - no secret
+DEFAULT_CONFIG_PATH = "/v0/config/external_oms"
+
+_TENANT = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
+
+
+def is_loopback(host: str | None) -> bool:
+    """Whether a host name or address never leaves this machine."""
+    if host is None:
+        return False
+    if host == "localhost" or host.endswith(".localhost"):
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def is_tenant_name(name: str) -> bool:
+    """Whether a tenant can have this name: `[a-z0-9-]`, 1 to 63 characters."""
+    return _TENANT.fullmatch(name) is not None
+
+
+def safe_url(given: str) -> str:
+    """An address that may be called, without a slash at its end.
+
+    Raises:
+        ValueError: It is not https, and not http on loopback either; or it has a query, a fragment or credentials.
+    """
+    parts = urlsplit(given.replace("{tenant}", "tenant"))
+    if not parts.hostname or parts.query or parts.fragment or parts.username or parts.password:
+        raise ValueError("must be an absolute URL without query, fragment or credentials")
+    if parts.scheme != "https" and not (parts.scheme == "http" and is_loopback(parts.hostname)):
+        raise ValueError("must be https (http is allowed on loopback only)")
+    return given.rstrip("/")
+
+
+def safe_path(given: str) -> str:
+    """A path that stays below its host.
+
+    Raises:
+        ValueError: It is not absolute, or leads elsewhere.
+    """
+    if not given.startswith("/") or given.startswith("//") or "?" in given or "#" in given or ".." in given:
+        raise ValueError("must be an absolute path, such as /v0/config/external_oms")
+    return given
+
+
+class TenantSettings(BaseModel):
+    """How one tenant's config API is reached, and with which credentials.
+
+    Attributes:
+        base_url: Scheme and host, and a path prefix if there is one; `{tenant}` stands for the tenant's name.
+            https, or http on loopback. Default: the platform's host per tenant.
+        config_path: Path of the resource. Not published; the default follows the published siblings of its family.
+        write_method: `POST`, `PUT` or `PATCH`. Not published either; the siblings are written with POST.
+        access_token: A static access token; or else
+        client_id: and
+        client_secret: for OAuth 2.0 client credentials, obtained at
+        token_url: (default: the platform's realm of the tenant), with
+        scope: the scopes to ask for, separated by spaces; empty asks for the client's own.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    base_url: str = DEFAULT_BASE_URL
+    config_path: str = DEFAULT_CONFIG_PATH
+    write_method: Literal["POST", "PUT", "PATCH"] = "POST"
+    access_token: SecretStr | None = None
+    client_id: str | None = None
+    client_secret: SecretStr | None = None
+    token_url: str = DEFAULT_TOKEN_URL
+    scope: str = ""
+
+    @field_validator("base_url", "token_url")
+    @classmethod
+    def _safe_url(cls, given: str) -> str:
+        return safe_url(given)
+
+    @field_validator("config_path")
+    @classmethod
+    def _safe_path(cls, given: str) -> str:
+        return safe_path(given)
+
+    def config_url(self, tenant: str) -> str:
+        """The address of the tenant's configuration."""
+        return self.base_url.replace("{tenant}", tenant) + self.config_path
+
+    def token_endpoint(self, tenant: str) -> str:
+        """The address of the tenant's token endpoint."""
+        return self.token_url.replace("{tenant}", tenant)
+
+
+def check_credentials(prefix: str, reached: TenantSettings) -> None:
+    """Refuse a tenant without credentials, or with two kinds of them.
+
+    Args:
+        prefix: What stands before a setting's name in messages, such as `tenants.acme.`.
+        reached: The tenant's settings.
+
+    Raises:
+        SettingsError: As said.
+    """
+    client = (reached.client_id, reached.client_secret)
+    if reached.access_token is not None and any(part is not None for part in client):
+        raise SettingsError(
+            f"{prefix}access_token", "is set beside client_id or client_secret; set the token or the client, not both"
+        )
+    if reached.access_token is not None:
+        _check_header_text(f"{prefix}access_token", reached.access_token)
+        return
+    if all(part is None for part in client):
+        raise SettingsError(f"{prefix}access_token", "no credentials: set access_token, or client_id and client_secret")
+    if any(part is None for part in client):
+        missing = "client_id" if reached.client_id is None else "client_secret"
+        raise SettingsError(f"{prefix}{missing}", "is not set beside its other half; client credentials are a pair")
+
+
+def _check_header_text(setting: str, secret: SecretStr) -> None:
+    text = secret.get_secret_value()
+    if not text or not text.isascii() or any(c.isspace() or not c.isprintable() for c in text):
+        raise SettingsError(setting, "must be printable ASCII without spaces; is there a newline at its end?")

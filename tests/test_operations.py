@@ -1,0 +1,331 @@
+"""What people and deliveries do to a tenant, and the rows of history that it leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import pytest
+
+from external_oms.config import Document, Reading
+from external_oms.errors import (
+    RateLimited,
+    ReadError,
+    TokenError,
+    Unauthorized,
+    Unavailable,
+    WriteConflict,
+    WriteError,
+    WriteOutcomeUnknown,
+)
+from external_oms.freshness import BUCKET_BURST, Freshness
+from external_oms.operations import READ_BACK_PAUSES_SECONDS, Delivered, Operations
+from external_oms.stores.base import Cause, Event
+from external_oms.stores.memory import MemoryStore
+from tests.conftest import FakeClock
+from tests.scripted import TENANT, Hand, Source, make_cache
+
+OTHER = "zulu"
+
+
+@dataclass
+class Writer:
+    """Takes a value as the test says, and has the API show it after so many reads more."""
+
+    source: Source
+    error: WriteError | ReadError | None = None
+    takes: bool = True
+    written: list[bool] = field(default_factory=list)
+
+    def write(self, enabled: bool) -> Document | None:
+        self.written.append(enabled)
+        if self.takes:
+            self.source.says = enabled
+        if self.error is not None:
+            raise self.error
+        return Document(enabled)
+
+
+class Desk:
+    """Operations over a cache on a clock that stands still until told; pauses let the clock go on."""
+
+    def __init__(self, clock: FakeClock) -> None:
+        self.clock = clock
+        self.source = Source(clock)
+        self.store = MemoryStore(clock=clock)
+        self.hand = Hand(clock)
+        self.cache = make_cache(self.source, clock, runner=self.hand, store=self.store, tenants=(TENANT, OTHER))
+        self.writer = Writer(self.source)
+        self.pauses: list[float] = []
+        self.after_pause: Callable[[], None] = lambda: None
+        self.operations = Operations(
+            cache=self.cache,
+            store=self.store,
+            writers={TENANT: self.writer, OTHER: Writer(self.source)},
+            clock=clock,
+            pause=self._pause,
+        )
+
+    def _pause(self, seconds: float) -> None:
+        self.pauses.append(seconds)
+        self.hand.advance(seconds)
+        self.after_pause()
+
+    def rows(self, cause: Cause | None = None) -> list[Event]:
+        """The history, oldest first."""
+        rows = reversed(self.operations.history())
+        return [row for row in rows if cause is None or row.cause is cause]
+
+    def deliver(self, delivery_id: str | None = None) -> Delivered:
+        return self.operations.deliver(TENANT, delivery_id=delivery_id, actor="webhook")
+
+
+@pytest.fixture
+def desk(clock: FakeClock) -> Desk:
+    return Desk(clock)
+
+
+# -- deliveries ----------------------------------------------------------------------------------------------------
+
+
+def test_a_delivery_invalidates_and_reads_again_before_it_is_answered(desk: Desk) -> None:
+    desk.cache.lookup(TENANT)
+    desk.source.says = False
+    assert desk.deliver("one") == Delivered(TENANT, generation=1, duplicate=False, refreshed=True, enabled=False)
+    assert desk.cache.peek(TENANT).freshness is Freshness.FRESH
+    (row,) = desk.rows(Cause.DELIVERY)
+    assert (row.tenant, row.enabled, row.actor, row.delivery_id) == (TENANT, False, "webhook", "one")
+    assert (row.detail, row.latency_seconds) == ("read again", 0.0)
+    assert row.at.timestamp() == desk.clock.wall()
+
+
+def test_a_delivery_that_comes_twice_does_nothing_the_second_time(desk: Desk) -> None:
+    desk.deliver("one")
+    desk.source.says = False
+    reads = len(desk.source.reads)
+    assert desk.deliver("one") == Delivered(TENANT, generation=1, duplicate=True, refreshed=False, enabled=True)
+    assert len(desk.source.reads) == reads
+    assert [row.detail for row in desk.rows(Cause.DELIVERY)] == ["read again", "a duplicate"]
+    assert desk.deliver("two").generation == 2
+
+
+def test_the_same_id_for_another_tenant_is_another_delivery(desk: Desk) -> None:
+    desk.deliver("one")
+    assert not desk.operations.deliver(OTHER, delivery_id="one", actor="webhook").duplicate
+
+
+def test_deliveries_without_an_id_all_count(desk: Desk) -> None:
+    assert [desk.deliver().generation for _ in range(3)] == [1, 2, 3]
+    assert [row.delivery_id for row in desk.rows(Cause.DELIVERY)] == ["", "", ""]
+
+
+@pytest.mark.parametrize(
+    "error", [Unavailable("down", status=500), RateLimited("429", status=429, retry_after_seconds=60.0)]
+)
+def test_where_the_api_cannot_be_read_the_delivery_is_taken_and_a_read_follows(desk: Desk, error: ReadError) -> None:
+    desk.cache.lookup(TENANT)
+    desk.source.says = error
+    assert desk.deliver("one") == Delivered(TENANT, generation=1, duplicate=False, refreshed=False, enabled=True)
+    assert desk.cache.peek(TENANT).freshness is Freshness.STALE
+    assert desk.rows(Cause.DELIVERY)[-1].detail == "not read yet; a read follows"
+    desk.source.says = False
+    desk.hand.advance(70.0)
+    assert desk.cache.state(TENANT).enabled is False
+    assert desk.deliver("one").duplicate, "it was taken: the sender need not send it again"
+
+
+def test_a_delivery_before_anything_was_ever_read_and_with_a_dead_api_is_taken_too(desk: Desk) -> None:
+    desk.source.says = Unavailable("down")
+    assert desk.deliver("one") == Delivered(TENANT, generation=1, duplicate=False, refreshed=False, enabled=None)
+
+
+def test_a_storm_of_deliveries_is_answered_at_once_where_the_bucket_is_empty(desk: Desk) -> None:
+    desk.cache.lookup(TENANT)
+    refreshed = [desk.deliver(str(number)).refreshed for number in range(BUCKET_BURST)]
+    assert refreshed == [True] * BUCKET_BURST
+    generation = desk.cache.invalidate(TENANT)
+    flight = desk.cache._flights.join(TENANT, generation=generation, newer_than=0)
+    flight.claim_patience()  # as the one who waits for the read that is put off
+    for number in range(20):
+        delivered = desk.deliver(f"more {number}")
+        assert (delivered.refreshed, delivered.generation) == (False, generation + number + 1)
+    desk.source.says = False
+    desk.hand.advance(1.1)
+    state = desk.cache.state(TENANT)
+    assert (state.enabled, state.freshness, state.generation) == (False, Freshness.FRESH, generation + 20)
+
+
+# -- by hand -------------------------------------------------------------------------------------------------------
+
+
+def test_invalidating_by_hand_says_who_did(desk: Desk) -> None:
+    desk.cache.lookup(TENANT)
+    assert desk.operations.invalidate(TENANT, actor="ops") == 1
+    (row,) = desk.rows(Cause.INVALIDATED)
+    assert (row.actor, row.detail, row.enabled) == ("ops", "generation 1", None)
+    assert desk.cache.peek(TENANT).freshness is Freshness.STALE
+    desk.hand.advance(0.1)
+    assert desk.cache.peek(TENANT).freshness is Freshness.FRESH, "a read follows by itself"
+
+
+def test_a_refresh_gives_the_state_as_read_for_this_very_call_or_raises(desk: Desk) -> None:
+    state = desk.operations.refresh(TENANT)
+    assert (state.enabled, state.source, state.age_seconds) == (True, "api", 0.0)
+    desk.source.says = Unauthorized("403", status=403)
+    with pytest.raises(Unauthorized):
+        desk.operations.refresh(TENANT)
+    assert desk.cache.state(TENANT).enabled is True
+
+
+# -- writing -------------------------------------------------------------------------------------------------------
+
+
+def test_a_value_is_written_everybody_is_made_to_read_and_it_is_read_back(desk: Desk) -> None:
+    desk.cache.lookup(TENANT)
+    state = desk.operations.set_enabled(TENANT, enabled=False, actor="ada", reason="moving to the new OMS")
+    assert desk.writer.written == [False]
+    assert (state.enabled, state.freshness, state.generation) == (False, Freshness.FRESH, 1)
+    (row,) = desk.rows(Cause.WRITE)
+    assert (row.actor, row.enabled) == ("ada", False)
+    assert row.detail == "written and read back; reason: moving to the new OMS"
+    assert row.latency_seconds == 0.0
+    assert desk.pauses == []
+
+
+def test_a_replica_that_lags_is_asked_again_after_a_pause(desk: Desk) -> None:
+    desk.cache.lookup(TENANT)
+    desk.writer.takes = False
+    desk.after_pause = lambda: setattr(desk.source, "says", False)
+    state = desk.operations.set_enabled(TENANT, enabled=False, actor="ada")
+    assert state.enabled is False
+    assert desk.pauses == [0.5]
+    assert desk.rows(Cause.WRITE)[-1].detail == "written and read back"
+
+
+def test_an_api_that_goes_on_answering_the_old_value_is_told_as_it_is(desk: Desk) -> None:
+    desk.cache.lookup(TENANT)
+    desk.writer.takes = False
+    state = desk.operations.set_enabled(TENANT, enabled=False, actor="ada")
+    assert state.enabled is True
+    assert desk.pauses == [seconds for seconds in READ_BACK_PAUSES_SECONDS if seconds]
+    (row,) = desk.rows(Cause.WRITE)
+    assert (row.enabled, row.detail) == (False, "written; the API still answers the old value")
+
+
+def test_a_value_that_cannot_be_read_back_is_told_as_it_is(desk: Desk) -> None:
+    desk.cache.lookup(TENANT)
+    desk.writer.takes = False
+    desk.source.says = Unavailable("down")
+    state = desk.operations.set_enabled(TENANT, enabled=False, actor="ada")
+    assert (state.enabled, state.freshness, state.last_error) == (True, Freshness.STALE, "down")
+    (row,) = desk.rows(Cause.WRITE)
+    assert (row.enabled, row.detail) == (False, "written; it could not be read back yet")
+
+
+def test_a_write_without_an_answer_that_reads_back_was_taken(desk: Desk) -> None:
+    desk.writer.error = WriteOutcomeUnknown("no answer")
+    assert desk.operations.set_enabled(TENANT, enabled=False, actor="ada").enabled is False
+    assert desk.rows(Cause.WRITE)[-1].detail == "written and read back"
+
+
+@pytest.mark.parametrize("says", [True, Unavailable("down")])
+def test_a_write_without_an_answer_that_does_not_read_back_stays_unknown(desk: Desk, says: bool | Exception) -> None:
+    desk.cache.lookup(TENANT)
+    desk.writer.error = unknown = WriteOutcomeUnknown("no answer")
+    desk.writer.takes = False
+    desk.source.says = says
+    with pytest.raises(WriteOutcomeUnknown) as raised:
+        desk.operations.set_enabled(TENANT, enabled=False, actor="ada", reason="why")
+    assert raised.value is unknown
+    (row,) = desk.rows(Cause.WRITE)
+    assert row.enabled is None, "nobody knows the value after it"
+    assert row.detail == "whether off was written is unknown: no answer came; reason: why"
+    assert desk.cache.state(TENANT).generation == 1, "whoever serves must look again"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        WriteConflict("409", status=409),
+        WriteError("400", status=400),
+        TokenError("no token"),
+        Unauthorized("403", status=403),
+        RateLimited("429", status=429, retry_after_seconds=9.0),
+        Unavailable("no connection"),
+    ],
+)
+def test_a_write_that_was_refused_or_not_sent_changes_nothing_and_leaves_a_row(
+    desk: Desk, error: WriteError | ReadError
+) -> None:
+    desk.cache.lookup(TENANT)
+    desk.writer.error, desk.writer.takes = error, False
+    with pytest.raises(type(error)) as raised:
+        desk.operations.set_enabled(TENANT, enabled=False, actor="ada", reason="why")
+    assert raised.value is error
+    assert desk.cache.peek(TENANT).freshness is Freshness.FRESH
+    assert desk.cache.state(TENANT).generation == 0
+    (row,) = desk.rows(Cause.WRITE)
+    assert (row.enabled, row.detail) == (None, f"off was not written: {error}; reason: why")
+
+
+# -- history -------------------------------------------------------------------------------------------------------
+
+
+def test_reads_leave_a_row_for_a_first_value_a_change_a_beginning_and_an_end_of_trouble(desk: Desk) -> None:
+    desk.cache.start()
+    desk.hand.advance(100.0)
+    desk.source.says = False
+    desk.hand.advance(31.0)
+    for failures in (1, 20):
+        desk.source.says = Unavailable("down", status=502)
+        for _ in range(failures):
+            with pytest.raises(Unavailable):
+                desk.operations.refresh(TENANT)
+        desk.source.says = False
+        desk.operations.refresh(TENANT)
+    desk.source.says = True
+    desk.operations.refresh(TENANT)
+    rows = [row for row in desk.rows() if row.tenant == TENANT]
+    assert [(str(row.cause), row.enabled, row.detail) for row in rows] == [
+        ("changed", True, "first value"),
+        ("changed", False, "another value than before"),
+        ("failed", None, "down"),
+        ("recovered", False, "after 1 failed read"),
+        ("failed", None, "down"),
+        ("recovered", False, "after 20 failed reads"),
+        ("changed", True, "another value than before"),
+    ]
+    assert all(row.latency_seconds == 0.0 for row in rows)
+    assert [row.id for row in desk.rows()] == sorted(row.id for row in desk.rows())
+
+
+def test_a_recovery_with_another_value_is_both(desk: Desk) -> None:
+    desk.cache.lookup(TENANT)
+    desk.source.says = Unavailable("down")
+    with pytest.raises(Unavailable):
+        desk.operations.refresh(TENANT)
+    desk.source.says = False
+    desk.operations.refresh(TENANT)
+    assert [row.cause for row in desk.rows()] == [Cause.CHANGED, Cause.FAILED, Cause.RECOVERED, Cause.CHANGED]
+
+
+def test_the_history_is_newest_first_of_one_tenant_or_all_and_goes_on_from_a_row(desk: Desk) -> None:
+    for tenant in (TENANT, OTHER, TENANT):
+        desk.operations.invalidate(tenant, actor="ops")
+    every = desk.operations.history()
+    assert [row.tenant for row in every if row.cause is Cause.INVALIDATED] == [TENANT, OTHER, TENANT]
+    assert {row.tenant for row in desk.operations.history(tenant=OTHER)} == {OTHER}
+    assert desk.operations.history(limit=1) == every[:1]
+    assert desk.operations.history(before=every[0].id) == every[1:]
+
+
+def test_the_value_that_a_lagging_replica_answers_after_a_write_is_not_kept_for_long(desk: Desk) -> None:
+    """It is looked at again within seconds, whatever the whole lifetime is."""
+    desk.source.says = Reading(Document(True))
+    desk.cache.start()
+    desk.hand.advance(100.0)
+    desk.writer.takes = False
+    desk.operations.set_enabled(TENANT, enabled=False, actor="ada")
+    desk.source.says = False
+    desk.hand.advance(2.5)
+    assert desk.cache.state(TENANT).enabled is False

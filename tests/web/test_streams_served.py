@@ -1,0 +1,104 @@
+"""Event streams over real connections, on real workers: what they hold, whom they reach, and how they end."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from external_oms.emulator import ConfigAPIEmulator
+from external_oms.web.serving import MEMBER_HEADER
+from tests.web.conftest import KEYS, TENANT
+from tests.web.served import SERVE, Served, served
+
+PATIENCE_SECONDS = 15.0
+
+
+class Stream:
+    """One open stream."""
+
+    def __init__(self, server: Served, last_id: str = "") -> None:
+        self.connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=PATIENCE_SECONDS)
+        headers = {"X-API-Key": KEYS["viewer"], **({"Last-Event-ID": last_id} if last_id else {})}
+        self.connection.request("GET", "/ofrep/v1/events", headers=headers)
+        self.answer = self.connection.getresponse()
+        self.status = self.answer.status
+        self.member = self.answer.headers[MEMBER_HEADER] or ""
+        self.last_id = last_id
+
+    def line(self, start: str) -> str:
+        """The rest of the next line that begins so; empty where the stream ended first."""
+        for raw in self.answer:
+            text = raw.decode().rstrip("\n")
+            if text.startswith("id: "):
+                self.last_id = text.removeprefix("id: ")
+            if text.startswith(start):
+                return text.removeprefix(start)
+        return ""
+
+    def heard(self) -> bool:
+        """Whether an event came, and not the end."""
+        data = self.line("data: ")
+        return bool(data) and json.loads(data)["type"] == "refetchEvaluation"
+
+
+@pytest.fixture
+def api() -> Iterator[ConfigAPIEmulator]:
+    with ConfigAPIEmulator([TENANT]) as emulator:
+        yield emulator
+
+
+def on_every_worker(server: Served, number: int) -> list[Stream]:
+    """So many streams, and more until every worker holds one."""
+    streams: list[Stream] = []
+    until = time.monotonic() + PATIENCE_SECONDS
+    while len(streams) < number or len({stream.member for stream in streams}) < len(server.workers()):
+        assert time.monotonic() < until
+        stream = Stream(server)
+        assert stream.status == 200
+        assert stream.line("id: ")
+        streams.append(stream)
+    return streams
+
+
+def test_every_stream_hears_of_a_flip_on_whichever_worker_it_is_held(api: ConfigAPIEmulator, tmp_path: Path) -> None:
+    with served(api, tmp_path, command=(*SERVE, "--name-members")) as server:
+        streams = on_every_worker(server, 6)
+        for enabled in (True, False):
+            server.flip(enabled)
+            assert all(stream.heard() for stream in streams)
+        # a worker dies; who listened there comes back on another, and is told what it missed meanwhile
+        lost = streams[0]
+        os.kill(int(lost.member.rpartition(":")[2]), signal.SIGKILL)
+        assert not lost.heard()
+        server.flip(True)
+        assert Stream(server, lost.last_id).heard()
+
+
+def test_streams_leave_evaluations_their_threads(api: ConfigAPIEmulator, tmp_path: Path) -> None:
+    narrow = (*SERVE, "--threads", "1")
+    with served(api, tmp_path, workers=1, command=narrow, max_streams="3") as server:
+        streams = [Stream(server) for _ in range(3)]
+        assert [stream.status for stream in streams] == [200, 200, 200]
+        refused = Stream(server)
+        assert (refused.status, refused.answer.headers["Retry-After"]) == (503, "10")
+        assert json.loads(refused.answer.read())["errorCode"] == "GENERAL"
+        refused.connection.close()
+        for _ in range(20):
+            assert server.evaluate()[0] == 200
+
+
+def test_open_streams_do_not_keep_a_server_from_ending(api: ConfigAPIEmulator, tmp_path: Path) -> None:
+    with served(api, tmp_path) as server:
+        streams = [Stream(server) for _ in range(8)]
+        began = time.monotonic()
+        server.process.terminate()
+        server.process.wait(PATIENCE_SECONDS)
+        assert time.monotonic() - began < 8, "less than its grace, so nothing was waited for"
+        assert not any(stream.heard() for stream in streams)
