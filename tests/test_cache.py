@@ -21,9 +21,9 @@ from external_oms.config import Document, Reading, parse_instant
 from external_oms.errors import NothingToServe, RateLimited, ReadError, TenantError, Unavailable
 from external_oms.flights import ReadEnd
 from external_oms.freshness import BUCKET_BURST, BUCKET_RATE_PER_SECOND, Freshness, Windows
-from external_oms.judgement import Answer
+from external_oms.judgement import Answer, last_number
 from external_oms.judgement import Source as Origin
-from external_oms.stores.base import Acquired
+from external_oms.stores.base import Acquired, Record
 from external_oms.stores.memory import MemoryStore
 from tests.conftest import FakeClock
 from tests.scripted import SOON, TENANT, WINDOWS, Hand, SkipClock, Source, eventually, make_cache
@@ -322,6 +322,24 @@ def test_a_tenant_that_hangs_does_not_slow_another(threaded: Threaded) -> None:
         assert [value(future.result(SOON)) for future in waiting] == [None] * len(dead)
     assert value(cache.lookup("alive")) is True
     assert cache.state("alive").failures == 0
+
+
+def test_who_must_not_read_yet_is_answered_at_once_though_every_reader_hangs(threaded: Threaded) -> None:
+    dead = tuple(f"dead-{number}" for number in range(16))
+    cache = threaded.make(tenants=(*dead, "limited"))
+    threaded.source.says = RateLimited("429", status=429, retry_after_seconds=60.0)
+    assert value(cache.lookup("limited")) is None
+    threaded.hold(*dead)
+    with ThreadPoolExecutor(len(dead)) as pool:
+        waiting = [pool.submit(cache.lookup, tenant) for tenant in dead]
+        held = [threaded.source.held(tenant) for tenant in dead]
+        began = time.monotonic()
+        assert value(cache.lookup("limited")) is None
+        assert value(asyncio.run(cache.lookup_async("limited"))) is None
+        assert time.monotonic() - began < 2.0
+        for read in held:
+            read.answer(True)
+        assert [value(future.result(SOON)) for future in waiting] == [True] * len(dead)
 
 
 # -- the fence -----------------------------------------------------------------------------------------------------
@@ -654,6 +672,37 @@ def test_a_listener_may_ask_and_change_what_it_is_told_of(timed: Timed) -> None:
     assert timed.cache.peek(TENANT).record.generation == 1
 
 
+def test_a_thread_that_loaded_earlier_and_comes_back_later_turns_nothing_back(threaded: Threaded) -> None:
+    class Slow(MemoryStore):
+        slow: threading.Thread | None = None
+        loaded, go_on = threading.Event(), threading.Event()
+
+        def load(self, tenant: str) -> Record:
+            record = super().load(tenant)
+            if threading.current_thread() is self.slow:
+                self.loaded.set()
+                assert self.go_on.wait(SOON)
+            return record
+
+    store = Slow(clock=threaded.clock)
+    cache = threaded.make(store=store)
+    cache.lookup(TENANT)
+    told: list[tuple[int, bool | None]] = []
+    cache.changes.listen(lambda change: told.append((last_number(change.answer.record), value(change.answer))))
+    store.slow = threading.Thread(target=cache.peek, args=(TENANT,), daemon=True)
+    store.invalidate(TENANT)
+    store.slow.start()
+    assert store.loaded.wait(SOON)
+    threaded.source.says = False
+    cache.refresh(TENANT)
+    assert eventually(lambda: bool(told) and told[-1] == (2, False))
+    before = list(told)
+    store.go_on.set()
+    store.slow.join(SOON)
+    assert told == before
+    assert value(cache.peek(TENANT)) is False
+
+
 # -- names and states ----------------------------------------------------------------------------------------------
 
 
@@ -780,7 +829,7 @@ def test_a_flight_that_waits_for_another_process_begins_no_read_after_the_end(th
     waiting = threading.Thread(target=cache.lookup, args=(TENANT,), daemon=True)
     waiting.start()
     flight = cache._flights._lanes[TENANT]
-    assert eventually(lambda: flight.flight is not None and flight.flight.denied)
+    assert eventually(lambda: flight.flight is not None and flight.flight.denied_at is not None)
     cache.close(5.0)
     waiting.join(SOON)
     store.release(lease)  # type: ignore[arg-type]  # nobody else asked for it

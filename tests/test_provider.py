@@ -229,6 +229,9 @@ class EvilHash:
     def __eq__(self, other: object) -> bool:
         return False
 
+    def __repr__(self) -> str:
+        return "an evil hash"
+
 
 ODD = [["acme"], {"a": 1}, {"s"}, 7, 0, True, False, 1.5, b"acme-staging", "", "unknown", "ACME-STAGING", EvilHash()]
 
@@ -354,6 +357,29 @@ def test_a_stored_old_value_makes_it_stale_and_the_ready_of_the_sdk_does_not_hid
     api.clear(TENANT)
     assert eventually(lambda: status_of(provider) is ProviderStatus.READY)
     assert dispatched.events(provider, changes=True) == ["READY", "STALE", "READY"]
+
+
+def test_however_late_the_sdk_says_ready_it_does_not_hide_that_reads_fail(
+    api: ConfigAPIEmulator, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+    dispatch = ProviderRegistry.dispatch_event
+
+    def dispatch_late(
+        self: ProviderRegistry, of: FeatureProvider, event: ProviderEvent, details: ProviderEventDetails
+    ) -> None:
+        if not events and event is ProviderEvent.PROVIDER_READY:
+            assert eventually(lambda: provider._standings.overall() is Standing.STALE)
+            time.sleep(5 * provider_module.RECONCILE_SECONDS)  # room for what must not happen
+        events.append(event.name)
+        dispatch(self, of, event, details)
+
+    monkeypatch.setattr(ProviderRegistry, "dispatch_event", dispatch_late)
+    api.fault(TENANT, DOWN)
+    provider = make(store=old_value(age_seconds=200.0))
+    openfeature.set_provider_and_wait(provider)
+    assert eventually(lambda: status_of(provider) is ProviderStatus.STALE)
+    assert events == ["PROVIDER_READY", "PROVIDER_STALE"]
 
 
 def test_with_nothing_to_serve_it_is_in_error_and_becomes_ready_by_itself(

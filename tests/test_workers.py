@@ -130,6 +130,19 @@ def test_an_idle_reader_is_used_again(make: Made) -> None:
     assert len(set(ran_on)) == 1
 
 
+def test_an_idle_reader_that_has_a_job_already_does_not_hold_up_the_next(make: Made) -> None:
+    for _ in range(20):
+        workers = make(readers=4)
+        workers.submit(lambda: None)
+        assert eventually(lambda: workers._crew.idle == 1)  # noqa: B023 - called at once
+        holds = [Hold() for _ in range(3)]
+        for hold in holds:
+            workers.submit(hold)
+        assert all(hold.begun.wait(SOON) for hold in holds), "all of them run at once"
+        for hold in holds:
+            hold.may_end.set()
+
+
 def test_every_job_of_many_threads_runs_exactly_once(make: Made) -> None:
     """Readers that come, idle, end and come again, under a thousand jobs from eight threads: no wake-up is lost."""
     workers = make(readers=4)

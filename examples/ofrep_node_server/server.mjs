@@ -20,7 +20,7 @@ const server = createServer(async (request, response) => {
     response.writeHead(404).end();
     return;
   }
-  // false, our own default, is the safe answer here: an order that we keep is never lost
+  // false is this shop's own default, for when nobody can tell: it keeps the order
   const decision = await flags.getBooleanDetails('external_oms_enabled', false, context);
   const owner = decision.value ? 'external' : 'ours';
   response.writeHead(201, { 'content-type': 'application/json' });

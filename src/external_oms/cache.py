@@ -313,16 +313,31 @@ class Cache:
         )
         self._runner.at(when, partial(self._fall_due, tenant, record))
 
-    def _fall_due(self, tenant: str, planned: Record) -> None:
+    def _fall_due(self, tenant: str, planned: Record, *, apart: bool = False) -> None:
         with self._planning:
             if self._plans.get(tenant) is not planned:
                 return  # the plan was made anew, by a later record
+            if not apart and (seconds := self._parting_seconds(planned)) > 0:
+                self._runner.at(self._clock.monotonic() + seconds, partial(self._fall_due, tenant, planned, apart=True))
+                return
             del self._plans[tenant]
         record = self._seats.judge(tenant).record
         if record is planned:
             self._flights.join(tenant, generation=record.generation, newer_than=last_number(record))
         else:
             self._schedule(tenant, record)
+
+    def _parting_seconds(self, record: Record) -> float:
+        """How much longer a member of a fleet waits that has to read alone from now on, for its store is away.
+
+        All members hold the same snapshot and would all read it again at once, for they cannot see that others do.
+        Spread over one lifetime they ask no more often than so many single processes, now and from then on; meanwhile
+        the value is served as stale, as long as it may be.
+        """
+        snapshot = record.snapshot
+        if snapshot is None or not record.foreign or not self._store.spread_seconds or self._store.health().ok:
+            return 0.0
+        return self._random() * min(snapshot.lifetime_seconds, self._windows.stale_while_revalidate_seconds)
 
     def _deadline(self) -> float:
         return self._clock.monotonic() + self._timeout_seconds + WAIT_GRACE_SECONDS

@@ -26,6 +26,7 @@ from typing import TypeVar
 from external_oms.clock import Clock
 from external_oms.config import Failure, Reading, Snapshot
 from external_oms.errors import ReadError, Unavailable
+from external_oms.freshness import follow_seconds
 from external_oms.judgement import error_of, failure_after, is_metered, snapshot_after, verdict
 from external_oms.signals import Signal
 from external_oms.stores.base import Busy, Lease, Metered, Record, Store
@@ -37,9 +38,6 @@ logger = logging.getLogger("external_oms")
 
 LEASE_GRACE_SECONDS = 2.0
 """How much longer than a read may last its lease lives, should the holder die: time to store the result."""
-
-FOLLOW_SECONDS = 0.05
-"""The longest wait for another process's result before looking again whether its lease is still held."""
 
 _DEFECT = "a read raised what it must not; this is a defect of external_oms, please report it"
 
@@ -94,7 +92,7 @@ class Flight:
 
     __slots__ = (
         "_patient",
-        "denied",
+        "denied_at",
         "done",
         "forced",
         "generation",
@@ -112,7 +110,7 @@ class Flight:
         self.generation: int | None = None
         self.read_number: int | None = None
         self.until = float("inf")
-        self.denied = False
+        self.denied_at: float | None = None
         self.heard: Future[bool] = Future()
         self.done: Future[ReadError | None] = Future()
         self._patient = threading.Lock()
@@ -151,7 +149,6 @@ class Flights:
     Args:
         store: Where records and leases live.
         source: Reads the API.
-        runner: Runs the reads.
         clock: What tells the time.
         random: Gives numbers in [0, 1).
         ttl_seconds: The whole freshness lifetime, > 0.
@@ -193,6 +190,7 @@ class Flights:
         """The flight whose read will do for this need; a new one where none is under way.
 
         Args:
+            tenant: The tenant.
             generation: The generation that the caller knows; the read must belong to it or a later one.
             newer_than: The number that the read must exceed: of the last whose outcome the caller knows.
             forced: Whether only a read will do that begins after this call.
@@ -263,14 +261,16 @@ class Flights:
             _resolve(flight.heard, result=False)
             return Pause(word, acquired.wait_seconds, metered=True)
         if isinstance(acquired, Busy):
-            if not flight.denied:
+            now = self._clock.monotonic()
+            if flight.denied_at is None:
                 self.waits.tell(flight.tenant)
             with lane.lock:
-                if flight.forced and not flight.denied:
+                if flight.forced and flight.denied_at is None:
                     # the read under way began before this one was asked for, as far as anybody can tell
                     flight.newer_than = max(flight.newer_than, acquired.number)
-                flight.denied = True
-            return Pause(word, min(acquired.remaining_seconds, FOLLOW_SECONDS))
+                since = flight.denied_at = now if flight.denied_at is None else flight.denied_at
+            left = acquired.remaining_seconds
+            return Pause(word, follow_seconds(now - since, left, self._store.spread_seconds, self._random()))
         if self._end_by(lane, flight, acquired.record, began=acquired):
             self._store.release(acquired)
             return None

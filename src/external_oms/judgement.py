@@ -36,6 +36,10 @@ __all__ = [
     "verdict",
 ]
 
+SHORT_SECONDS = 20.0
+"""From which lifetime on any number of members can draw who reads next: `early_seconds` then spreads them by a tenth
+of a second each, which is what a read takes."""
+
 
 class Source(StrEnum):
     """Where a value came from, for this process."""
@@ -213,6 +217,8 @@ def is_metered(record: Record) -> bool:
 def due_at(record: Record, *, now: float, random: float, spread_seconds: float = 0.0) -> float:
     """When, on the monotonic clock, the background should read next.
 
+    In a fleet, whoever made the last of the short looks makes the next one; the others follow where it did not.
+
     Args:
         record: The tenant's record.
         now: The present moment.
@@ -222,6 +228,9 @@ def due_at(record: Record, *, now: float, random: float, spread_seconds: float =
     ends = stale_at(record)
     if ends is None or record.snapshot is None or record.failure is not None or ends <= now:
         return max(now, blocked_until(record)) + spread_delay_seconds(spread_seconds, random)
+    if record.foreign and spread_seconds > 0 and record.snapshot.lifetime_seconds < SHORT_SECONDS:
+        # the early draws of so short a lifetime lie closer together than a read takes: all would be first
+        return ends + spread_delay_seconds(spread_seconds, random)
     return max(now, ends - early_seconds(record.snapshot.lifetime_seconds, random))
 
 

@@ -91,10 +91,10 @@ def open_streams(server: Served) -> list[socket.socket]:
         line = socket.create_connection(("127.0.0.1", server.port), 20)
         line.sendall(request_for("GET", "/ofrep/v1/events", KEYS["viewer"]))
         streams.append(line)
-    for line in streams:
+    for opened in streams:
         received = b""
         while b"\nid: " not in received:
-            more = line.recv(65_536)
+            more = opened.recv(65_536)
             assert more, received
             received += more
         assert received.startswith(b"HTTP/1.1 200"), received[:200]
@@ -104,8 +104,8 @@ def open_streams(server: Served) -> list[socket.socket]:
 def heard_after(server: Served, streams: list[socket.socket], enabled: bool) -> list[float]:
     """How long after the delivery's answer each stream had its event, in seconds; 0 where it came before."""
     waiting = selectors.DefaultSelector()
-    for line in streams:
-        waiting.register(line, selectors.EVENT_READ)
+    for stream in streams:
+        waiting.register(stream, selectors.EVENT_READ)
     answered = server.flip(enabled)
     heard: dict[int, float] = {}
     until = time.monotonic() + 20
@@ -115,7 +115,7 @@ def heard_after(server: Served, streams: list[socket.socket], enabled: bool) -> 
             line = key.fileobj
             assert isinstance(line, socket.socket)
             if b"refetchEvaluation" in line.recv(65_536):
-                heard[line.fileno()] = max(0.0, time.time() - answered)
+                heard[key.fd] = max(0.0, time.time() - answered)
                 waiting.unregister(line)
     return sorted(heard.values())
 

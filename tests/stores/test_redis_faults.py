@@ -27,7 +27,8 @@ pytestmark = needs_redis
 TENANT = "acme"
 BOUND_SECONDS = 1.0
 LOAD_SECONDS = 0.005
-"""The longest that an evaluation may be kept by the store, whatever happens to Redis."""
+"""The longest that an evaluation may be kept by the store, whatever happens to Redis; judged at the 99th percentile,
+for the machine stalls too. One that waited for a socket would be kept forty times as long, each time."""
 
 
 def snapshot(lease: Lease, *, enabled: bool, updated: int | None = None) -> Snapshot:
@@ -67,16 +68,15 @@ class Reader(threading.Thread):
         super().__init__(daemon=True)
         self._store = store
         self._ended = threading.Event()
-        self.slowest_seconds = 0.0
+        self.took: list[float] = []
         self.generations: list[int] = []
 
     def run(self) -> None:
         while not self._ended.wait(0.0005):
-            # CPU time: what the store does is measured, not what the machine gives this thread
-            began = time.thread_time()
+            began = time.perf_counter()
             self._store.watch(TENANT)
             generation = self._store.load(TENANT).generation
-            self.slowest_seconds = max(self.slowest_seconds, time.thread_time() - began)
+            self.took.append(time.perf_counter() - began)
             self.generations.append(generation)
 
     def end(self) -> None:
@@ -123,7 +123,7 @@ def member(server: RedisServer) -> Iterator[MakeMember]:
         began = time.monotonic()
         store.close()
         assert time.monotonic() - began < 1.0
-        assert reader.slowest_seconds < LOAD_SECONDS
+        assert sorted(reader.took)[len(reader.took) * 99 // 100] < LOAD_SECONDS
         assert reader.generations == sorted(reader.generations), "a generation fell"
 
 
@@ -467,6 +467,72 @@ def test_closing_takes_less_than_a_second_whatever_redis_does(proxy: RedisProxy)
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("external-oms-redis")]
     assert store.invalidate(TENANT) == 1, "and it may be used again"
     store.close()
+
+
+def test_history_written_alone_is_added_with_its_own_time_once_redis_is_back(
+    server: RedisServer, proxy: RedisProxy, member: MakeMember
+) -> None:
+    lonely, other = member(proxy.url), member(server.url)
+    proxy.swallows = True
+    happened = datetime(2026, 11, 1, tzinfo=UTC)
+    for number in range(3):
+        lonely.append(Event(happened, TENANT, Cause.CHANGED, detail=str(number)))
+    assert [row.detail for row in lonely.history(limit=2)] == ["2", "1"]
+    assert other.history() == ()
+    proxy.swallows = False
+    until(lambda: len(other.history()) == 3)
+    assert [(row.detail, row.at) for row in other.history()] == [(str(number), happened) for number in (2, 1, 0)]
+
+
+@pytest.mark.parametrize("spoil", ["hset {key} snapshot {{}}", "hset {key} generation many", "set {key} text"])
+def test_a_record_that_no_member_wrote_is_not_believed_and_the_member_works_alone(
+    server: RedisServer, member: MakeMember, spoil: str
+) -> None:
+    store = member(server.url)
+    store_value(store, enabled=True)
+    key = f"{store.prefix}:{{{TENANT}}}:record"
+    server.command("DEL", key) if spoil.startswith("set") else None
+    server.command("HSET", key, "revision", "9" * 16) if spoil.startswith("hset") else None
+    server.command(*spoil.format(key=key).split(" "))
+    until(lambda: not store.health().ok)
+    assert is_fresh(store), "what it knew it still knows"
+    assert store.invalidate(TENANT) == 1
+    server.command("DEL", key)
+    until(lambda: store.health().ok)
+    until(lambda: store.load(TENANT).generation >= 2)
+
+
+@pytest.mark.parametrize("place", ["{_history}:rows", "{_members}:index"])
+def test_a_key_for_people_that_no_member_wrote_is_no_error(server: RedisServer, member: MakeMember, place: str) -> None:
+    store = member(server.url)
+    store.report([Member("host:1", TENANT, 0, None, "expired", None)])
+    key = f"{store.prefix}:{place}"
+    server.command("DEL", key)
+    server.command("SET", key, "text")
+    assert store.history() == ()
+    store.report([Member("host:1", TENANT, 0, None, "expired", None)])
+    assert len(store.members()) == 1
+    server.command("DEL", key)
+    until(lambda: store.health().ok)
+    server.command("XADD", f"{store.prefix}:{{_history}}:rows", "*", "event", "{}")
+    assert store.history() == ()
+    until(lambda: store.health().ok)
+    store.report([Member("host:1", TENANT, 0, None, "expired", None)])
+    server.command("SET", f"{store.prefix}:{{_members}}:host:1", "{}")
+    assert len(store.members()) == 1, "it shows what this process reported"
+
+
+def test_a_store_without_tenants_still_says_whether_redis_answers(proxy: RedisProxy) -> None:
+    proxy.swallows = True
+    store = RedisStore(proxy.url, bound_seconds=BOUND_SECONDS)
+    try:
+        store.attach(lambda: None)
+        store.append(Event(datetime.now(UTC), TENANT, Cause.STORE))
+        until(lambda: not store.health().ok)
+        proxy.swallows = False
+        until(lambda: store.health().ok)
+    finally:
+        store.close()
 
 
 # -- forks --------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from external_oms.stores.redis_wire import (
     ServerClock,
     Stamp,
     decode_answer,
+    decode_differing,
     decode_index,
     decode_members,
     decode_message,
@@ -188,6 +189,12 @@ def test_a_stamp_is_read_or_there_is_none() -> None:
     assert decode_stamp([None, None, None]) == Stamp()
 
 
+def test_stamps_that_differ_are_known_by_their_place() -> None:
+    assert decode_differing(["17", []]) == (17, {})
+    stamps = {0: Stamp("e", 3, 17), 7: Stamp()}
+    assert decode_differing(["17", ["0", str(stamps[0]), "7", str(stamps[7])]]) == (17, stamps)
+
+
 # -- strangers ----------------------------------------------------------------------------------------------------
 
 JSON = st.recursive(
@@ -219,6 +226,14 @@ def test_text_that_is_no_json_is_refused(text: str) -> None:
 def test_an_answer_of_another_shape_is_refused(reply: object) -> None:
     with pytest.raises(STRANGE):
         decode_answer(reply)  # type: ignore[arg-type]  # what a server says is not typed
+
+
+@pytest.mark.parametrize(
+    "reply", [None, ["1"], ["x", []], ["1", ["0"]], ["1", ["0", "e 1"]], ["1", ["x", ""]], ["1", [[], ""]]]
+)
+def test_differences_of_another_shape_are_refused(reply: object) -> None:
+    with pytest.raises(STRANGE):
+        decode_differing(reply)  # type: ignore[arg-type]  # as above
 
 
 @pytest.mark.parametrize("reply", [None, "x", ["e", None, None], ["e", "x", "1"], ["e", "1", [], "4"]])

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import base64
+import fcntl
 import json
+import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import count
+from pathlib import Path
 from time import time
 
 import pytest
@@ -27,6 +31,7 @@ SECRET = "whsec_" + base64.b64encode(bytes(range(32))).decode()
 OLD_SECRET = "whsec_" + base64.b64encode(bytes(range(32, 64))).decode()
 BEARER = "a-bearer-key-of-the-sender"
 HOOK = "/webhooks/external-oms"
+NODE = Path(__file__).parent / "node"
 
 KEYS: dict[str, str] = {}
 ENTRIES: list[str] = []
@@ -142,3 +147,20 @@ def server(start: StartServer) -> Server:
 def two(start: StartServer) -> Server:
     """A server of two tenants."""
     return start(TENANT, "globex")
+
+
+@pytest.fixture(scope="session")
+def installed() -> Path:
+    """The clients, as the lock file names them; installed once, and again where the lock file is newer."""
+    if shutil.which("node") is None or shutil.which("npm") is None:
+        pytest.skip("node and npm are not on the PATH")
+    done, lock = NODE / "node_modules" / ".package-lock.json", NODE / "package-lock.json"
+    with (NODE / "package.json").open() as turn:
+        fcntl.flock(turn, fcntl.LOCK_EX)  # tests may run in several processes
+        if not done.exists() or done.stat().st_mtime < lock.stat().st_mtime:
+            install = ["npm", "ci", "--no-audit", "--no-fund", "--loglevel=error"]
+            ended = subprocess.run(install, cwd=NODE, capture_output=True, text=True, timeout=180, check=False)
+            if ended.returncode != 0:
+                pytest.skip(f"npm could not install the clients: {ended.stderr[-500:]}")
+            done.touch()
+    return NODE

@@ -435,3 +435,21 @@ def test_the_stream_is_named_by_the_path_that_the_client_sees(server: Server) ->
     assert stream["type"] == "sse"
     assert stream["endpoint"]["requestUri"].startswith("/ofrep/v1/events?")
     assert KEYS["viewer"] not in json.dumps(stream)
+
+
+@pytest.mark.parametrize(
+    ("said", "prefix"),
+    [
+        ("/oms", "/oms"),
+        ("/a/b/", "/a/b"),
+        ("", ""),
+        ("//evil.example", ""),
+        ("evil", ""),
+        ("/a?b", ""),
+        ("/" + "a/" * 99, ""),
+    ],
+)
+def test_a_proxy_that_takes_a_prefix_off_can_say_so(server: Server, said: str, prefix: str) -> None:
+    answer = ask(server, ALL, **{"X-Forwarded-Prefix": said})
+    (stream,) = answer.get_json()["eventStreams"]
+    assert stream["endpoint"]["requestUri"].startswith(f"{prefix}/ofrep/v1/events?")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import queue
@@ -10,6 +9,7 @@ import shutil
 import subprocess
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,27 +20,9 @@ from external_oms.emulator import ConfigAPIEmulator
 from tests.web.conftest import KEYS, TENANT
 from tests.web.served import Served, served
 
-NODE = Path(__file__).parent / "node"
 PATIENCE_SECONDS = 15.0
 SOON_SECONDS = 2.0
 """Generous: what is measured stands in docs/ofrep.md, and in the report of `pytest --junit-xml`."""
-
-
-@pytest.fixture(scope="session")
-def installed() -> Path:
-    """The clients, as the lock file names them; installed once, and again where the lock file is newer."""
-    if shutil.which("node") is None or shutil.which("npm") is None:
-        pytest.skip("node and npm are not on the PATH")
-    done, lock = NODE / "node_modules" / ".package-lock.json", NODE / "package-lock.json"
-    with (NODE / "package.json").open() as turn:
-        fcntl.flock(turn, fcntl.LOCK_EX)  # tests may run in several processes
-        if not done.exists() or done.stat().st_mtime < lock.stat().st_mtime:
-            install = ["npm", "ci", "--no-audit", "--no-fund", "--loglevel=error"]
-            ended = subprocess.run(install, cwd=NODE, capture_output=True, text=True, timeout=180, check=False)
-            if ended.returncode != 0:
-                pytest.skip(f"npm could not install the clients: {ended.stderr[-500:]}")
-            done.touch()
-    return NODE
 
 
 @pytest.fixture(scope="module")
@@ -164,3 +146,34 @@ def test_the_web_client_hears_of_a_flip_by_the_event_stream(
         assert set(changed["statuses"]) <= {200, 304}
     record_property("milliseconds from the delivery's answer", [round(delay * 1000) for delay in delays])
     assert max(delays) < SOON_SECONDS
+
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "ofrep_node_server"
+
+
+def test_the_example_server_decides_every_order_anew(installed: Path, server: Served, tmp_path: Path) -> None:
+    shutil.copy(EXAMPLE / "server.mjs", tmp_path)
+    (tmp_path / "node_modules").symlink_to(installed / "node_modules")
+    own = {"OFREP_ENDPOINT": server.url, "OFREP_KEY": KEYS["viewer"], "PORT": "0"}
+    with subprocess.Popen(
+        ["node", "server.mjs"], cwd=tmp_path, env=os.environ | own, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        orders = process.stdout.readline().strip()
+        try:
+            for enabled, owner in ((True, "external"), (False, "ours")):
+                server.flip(enabled)
+                with urllib.request.urlopen(urllib.request.Request(orders, method="POST"), timeout=10) as answer:
+                    assert json.loads(answer.read())["owner"] == owner
+        finally:
+            process.terminate()
+
+
+@pytest.mark.parametrize("example", ["ofrep_node_server", "ofrep_browser"])
+def test_an_example_names_the_clients_that_are_tested(example: str) -> None:
+    def named(path: Path) -> dict[str, str]:
+        found: dict[str, str] = json.loads((path / "package.json").read_text(encoding="utf-8"))["dependencies"]
+        return found
+
+    tested = named(Path(__file__).parent / "node")
+    assert named(EXAMPLE.parent / example).items() <= tested.items()

@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -21,16 +22,21 @@ PATIENCE_SECONDS = 15.0
 
 
 class Stream:
-    """One open stream."""
+    """One open stream; closed after the test."""
+
+    opened: ClassVar[list[http.client.HTTPConnection]] = []
+    answers: ClassVar[list[http.client.HTTPResponse]] = []
 
     def __init__(self, server: Served, last_id: str = "") -> None:
         self.connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=PATIENCE_SECONDS)
         headers = {"X-API-Key": KEYS["viewer"], **({"Last-Event-ID": last_id} if last_id else {})}
         self.connection.request("GET", "/ofrep/v1/events", headers=headers)
         self.answer = self.connection.getresponse()
+        self.answers.append(self.answer)
         self.status = self.answer.status
         self.member = self.answer.headers[MEMBER_HEADER] or ""
         self.last_id = last_id
+        self.opened.append(self.connection)
 
     def line(self, start: str) -> str:
         """The rest of the next line that begins so; empty where the stream ended first."""
@@ -46,6 +52,17 @@ class Stream:
         """Whether an event came, and not the end."""
         data = self.line("data: ")
         return bool(data) and json.loads(data)["type"] == "refetchEvaluation"
+
+
+@pytest.fixture(autouse=True)
+def _close() -> Iterator[None]:
+    yield
+    for answer in Stream.answers:
+        answer.close()
+    for connection in Stream.opened:
+        connection.close()
+    Stream.answers.clear()
+    Stream.opened.clear()
 
 
 @pytest.fixture

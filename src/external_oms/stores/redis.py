@@ -135,12 +135,12 @@ class RedisStore:
         self._mirror.attach(wake)
 
     def wait(self, tenant: str, word: int, seconds: float) -> None:
-        """Return when the tenant's word has changed; asks Redis itself where the fleet is not heard."""
+        """Return when the tenant's word has changed; asks Redis itself where the fleet is not heard, and only there."""
         self._follower.start()
         words, slot = self._mirror.watch(tenant)
         until = time.monotonic() + seconds  # as the mirror's condition waits, whatever clock ages are counted on
         first, most = WAIT_SECONDS
-        pause = most if self._follower.is_hearing else first
+        pause = seconds if self._follower.is_hearing else first
         while words[slot] == word and (left := until - time.monotonic()) > 0:
             self._mirror.wait(tenant, word, min(pause, left))
             if words[slot] == word and pause < left and self._link.is_up:
@@ -201,6 +201,11 @@ class RedisStore:
             repr(BUCKET_RATE_PER_SECOND),
         )
         try:
+            if self.verified_until == float("-inf") and not self._mirror.debt(tenant).stamp.epoch:
+                # before this process's first look: a lease taken only to find that others have read is told to them all
+                remote, _, _ = self._ask(scripts.TOUCH, tenant)
+                if remote.record.snapshot is not None:
+                    return Busy(remote.record.reads, 0.0)
             remote, _, outcome = self._ask(scripts.ACQUIRE, tenant, *arguments)
         except Away:
             acquired = self._mirror.acquire(tenant, seconds=seconds, metered=metered)

@@ -33,6 +33,7 @@ __all__ = [
     "PUT",
     "RELEASE",
     "REPORT",
+    "STAMPS",
     "TOUCH",
     "Script",
 ]
@@ -231,6 +232,24 @@ RELEASE = _operation(_END + "if latest then dirty = true end\n")
 
 NOW = Script(_CLOCK + "return whole(now)")
 """The server's clock, on the node that keeps KEYS[1]."""
+
+STAMPS = Script(
+    _CLOCK
+    + """
+local differing = {}
+for index, key in ipairs(KEYS) do
+  local had = redis.call('HMGET', key, 'epoch', 'generation', 'revision')
+  local stamp = had[1] and had[2] and had[3] and had[1] .. ' ' .. had[2] .. ' ' .. had[3] or ''
+  if stamp ~= ARGV[index] then
+    differing[#differing + 1] = whole(index - 1)
+    differing[#differing + 1] = stamp
+  end
+end
+return {whole(now), differing}
+"""
+)
+"""Which of the records KEYS have another stamp than is known. ARGV: the stamps known. Gives the time, and place and
+stamp of each that differs: in a fleet that is in step, next to nothing."""
 
 APPEND = Script(
     _CLOCK

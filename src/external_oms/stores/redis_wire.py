@@ -19,6 +19,7 @@ __all__ = [
     "ServerClock",
     "Stamp",
     "decode_answer",
+    "decode_differing",
     "decode_index",
     "decode_members",
     "decode_message",
@@ -63,6 +64,10 @@ class Stamp:
     epoch: str = ""
     generation: int = 0
     revision: int = 0
+
+    def __str__(self) -> str:
+        """As the script that compares stamps has it."""
+        return f"{self.epoch} {self.generation} {self.revision}" if self.epoch else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,6 +276,27 @@ def decode_remote(parts: Sequence[str], *, member: str, now: float, clock: Serve
         foreign=snapshot is not None and offered != member,
     )
     return Remote(Stamp(epoch, record.generation, int(revision)), record, int(was), offered)
+
+
+def decode_differing(reply: Reply) -> tuple[int, dict[int, Stamp]]:
+    """The server's time in microseconds, and the stamps that differ by their place in the question.
+
+    Raises:
+        ValueError: It is no such answer.
+    """
+    match reply:
+        case [str(now), [*flat]]:
+            pairs = zip(flat[::2], flat[1::2], strict=True)
+            return int(now), {int(_text(place)): _stamp(_text(text)) for place, text in pairs}
+        case _:
+            raise ValueError("an answer of another shape")
+
+
+def _stamp(text: str) -> Stamp:
+    if not text:
+        return Stamp()
+    epoch, generation, revision = text.split(" ")
+    return Stamp(epoch, int(generation), int(revision))
 
 
 def decode_message(text: str) -> Message:

@@ -232,7 +232,7 @@ class Access:
         return None
 
     def address(self, asked: Request) -> str:
-        """From where somebody asks: through a trusted proxy, what that proxy itself says; empty where it is not known."""
+        """From where somebody asks; through a trusted proxy, what that proxy says; empty where nobody knows."""
         hops = [hop.strip() for hop in asked.headers.get("X-Forwarded-For", "").split(",") if hop.strip()]
         here = asked.remote_addr or ""
         while hops and self._is_trusted(here):

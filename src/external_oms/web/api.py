@@ -109,9 +109,7 @@ def blueprint(parts: Parts) -> Blueprint:
         def news(name: str, kind: ChangeKind) -> Iterable[Message]:
             return changed(name, kind) if named is None or name == named else ()
 
-        return stream_response(
-            parts.hub, news, first=lambda: (message for name in wanted for message in changed(name))
-        )
+        return stream_response(parts.hub, news, first=lambda: (message for name in wanted for message in changed(name)))
 
     resource(mounted, "/tenants", GET=tenants)
     resource(mounted, "/tenants/<tenant>", GET=tenant, PUT=switch)

@@ -14,7 +14,7 @@ from external_oms import signature
 from external_oms.errors import SettingsError, SignatureError
 from external_oms.provider import ExternalOMSProvider
 from external_oms.settings import Settings
-from external_oms.web import api, dashboard, flagd, health, ofrep, openapi, webhook
+from external_oms.web import api, dashboard, flagd, health, metrics, ofrep, openapi, webhook
 from external_oms.web.access import EXTENSION, Access, only_loopback
 from external_oms.web.limits import Limits
 from external_oms.web.parts import Parts
@@ -31,6 +31,7 @@ BLUEPRINTS: tuple[tuple[str, Callable[[Parts], Blueprint]], ...] = (
     ("ofrep", ofrep.blueprint),
     ("ofrep", flagd.blueprint),
     ("health", health.blueprint),
+    ("metrics", metrics.blueprint),
     ("dashboard", dashboard.blueprint),
 )
 """What can be mounted: the flag that asks for it, and what makes it. A new part is one line here."""
@@ -141,8 +142,7 @@ def mount(
         whole.register_blueprint(part)
     app.register_blueprint(whole)
     _exempt_from_csrf(app, made)
-    if "webhook" in flags:
-        _warn_of_lone_memory(settings)
+    _warn_of_lone_workers(settings, flags)
     if "dashboard" in flags and "redis" in settings.store and settings.session_secret is None:
         _logger.warning(
             "session_secret is not set: a login at this host is not known at the others that share the store; "
@@ -181,15 +181,24 @@ def _exempt_from_csrf(app: Flask, blueprints: Collection[Blueprint]) -> None:
     app.before_request_funcs.setdefault(None, []).insert(0, exempt)
 
 
-def _warn_of_lone_memory(settings: Settings) -> None:
-    """Say that a delivery reaches one worker of several, where it does."""
+def _warn_of_lone_workers(settings: Settings, flags: Collection[str]) -> None:
+    """Say that a delivery reaches one worker of several, or that a scrape counts one alone, where it does."""
     uwsgi = sys.modules.get("uwsgi")
     workers = worker_count(sys.argv, os.environ, uwsgi_processes=None if uwsgi is None else int(uwsgi.numproc))
-    if settings.store.startswith("memory:") and workers > 1:
+    if workers == 1:
+        return
+    if "webhook" in flags and settings.store.startswith("memory:"):
         _logger.warning(
             "this server runs %d workers, and with store = memory:// a delivery reaches only the one that it lands on; "
             "the others serve the old value until its ttl_seconds (%g) have passed. Set store to "
             "sqlite:////path/state.db, which all workers of a host share, or to redis://",
             workers,
             settings.ttl_seconds,
+        )
+    if "metrics" in flags and not metrics.are_shared():
+        _logger.warning(
+            "this server runs %d workers, and each scrape of /metrics counts the one that it lands on. Have %s name an "
+            "empty directory before the server starts; docs/metrics.md has the rest",
+            workers,
+            metrics.DIRECTORY_VARIABLE,
         )

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 from flask import Blueprint, Response, redirect, render_template, request, url_for
 from werkzeug.wrappers import Response as WerkzeugResponse
@@ -19,7 +20,7 @@ from external_oms.stores.base import Event
 from external_oms.web import words
 from external_oms.web.access import Identity, Role, Via, demand, identity_of
 from external_oms.web.api import REASON_LENGTH
-from external_oms.web.fleet import Fleet
+from external_oms.web.fleet import Fleet, Shown
 from external_oms.web.login import add_login
 from external_oms.web.parts import Parts
 from external_oms.web.problems import problem_of, resource
@@ -120,7 +121,7 @@ class _Pages:
         before = _before()
         events = self._operations.history(limit=_LOOKED_THROUGH if before is None else TIMELINE_ROWS + 1, before=before)
         shown = self._fleet.members()
-        by_tenant: dict[str, list[Any]] = {name: [] for name in tenants}
+        by_tenant: dict[str, list[Shown]] = {name: [] for name in tenants}
         for one in shown:
             by_tenant[one.member.tenant].append(one)
         states = [self._cache.state(name) for name in tenants]
@@ -139,7 +140,7 @@ class _Pages:
             parts_only="parts" in request.args,
             wanted=request.args.get("q", "").strip().lower()[:63],
             show=request.args.get("show", ""),
-            **_timeline(events),
+            timeline=_timeline(events),
         )
 
     def tenant(self, tenant: str) -> WerkzeugResponse:
@@ -158,7 +159,7 @@ class _Pages:
             alone=alone,
             summary=summarised([view], members, self._store.health()),
             note=self._sessions.noted(request.args.get("note")),
-            **_timeline(events),
+            timeline=_timeline(events),
         )
 
     def _view(self, tenant: str, events: Sequence[Event] = ()) -> TenantView:
@@ -247,7 +248,9 @@ class _Pages:
         found = problem_of(error)
         if found.status == 401 and request.method in {"GET", "HEAD"}:  # noqa: PLR2004 - unauthorized
             arguments = request.view_args or {}
-            return redirect(url_for(".login", **{name: arguments[name] for name in ("tenant",) if name in arguments}), 303)
+            return redirect(
+                url_for(".login", **{name: arguments[name] for name in ("tenant",) if name in arguments}), 303
+            )
         answer = self._page(identity_of(request), "problem.html", status=found.status, problem=found)
         for name in ("Allow", "Retry-After", "WWW-Authenticate"):
             if name in found.answer.headers:
@@ -261,10 +264,18 @@ def _before() -> int | None:
     return int(given) if given.isascii() and given.isdigit() and 0 < len(given) < len(str(_FIRST_ROW)) else None
 
 
-def _timeline(events: Sequence[Event]) -> dict[str, object]:
+@dataclass(frozen=True, slots=True)
+class _Timeline:
+    """Rows of history on a page, the row to go on from (None: no older ones), and whether they are the newest."""
+
+    events: Sequence[Event]
+    older: int | None
+    is_first: bool
+
+
+def _timeline(events: Sequence[Event]) -> _Timeline:
     rows = events[:TIMELINE_ROWS]
-    older = rows[-1].id if len(events) > len(rows) else None
-    return {"events": rows, "older": older, "is_first": _before() is None}
+    return _Timeline(rows, rows[-1].id if len(events) > len(rows) else None, _before() is None)
 
 
 def _value(given: str | None) -> bool | None:

@@ -1,4 +1,4 @@
-"""The door of the page: a key in, a session out. What was asked for before the login is named by a tenant, never a URL."""
+"""The door of the page: a key in, a session out. Where it leads is named by a tenant, never by a URL."""
 
 from __future__ import annotations
 

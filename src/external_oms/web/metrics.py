@@ -1,9 +1,9 @@
 """What a monitor asks: states as they stand when it asks, counts as all workers together made them.
 
 States (value, age, members, …) are computed at each scrape from the store, which every worker shares, so any worker
-gives the same answer. Counts are each process's own. Where `PROMETHEUS_MULTIPROC_DIR` names a directory (`shared_counts`
-makes one for `external-oms serve`), prometheus-client keeps them there, a mapped file per process, and a scrape sums
-them, those of ended processes included. Else they stand in a registry of our own, never in the application's.
+gives the same answer. Counts are each process's own. Where `PROMETHEUS_MULTIPROC_DIR` names a directory, which
+`shared_counts` makes for `external-oms serve`, prometheus-client keeps them there, a mapped file per process, and a
+scrape sums them, those of ended processes included. Else they stand in a registry of our own, never the application's.
 
 Every change of a count happens under one lock that is held over a fork, so no child inherits one of prometheus-client's
 locks while somebody holds it.
@@ -16,7 +16,7 @@ import shutil
 import tempfile
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
 
@@ -76,7 +76,7 @@ class _Counts:
         )
         self.read_seconds = Histogram(
             PREFIX + "read_duration_seconds",
-            "How long reads of the config API took; near timeout_seconds, ask its operators before raising the timeout.",
+            "How long reads of the config API took; near timeout_seconds, ask its operators before you raise that.",
             ("tenant", "outcome"),
             buckets=READ_BUCKETS,
             registry=registry,
@@ -150,7 +150,7 @@ def _shared() -> _Counts:
 
 def are_shared() -> bool:
     """Whether the processes of this server count together."""
-    return bool(os.environ.get(DIRECTORY_VARIABLE))
+    return bool(os.environ.get(DIRECTORY_VARIABLE)) and values.ValueClass is not values.MutexValue
 
 
 @contextmanager
@@ -163,7 +163,7 @@ def shared_counts() -> Iterator[None]:
     owner = os.getpid()
     directory = tempfile.mkdtemp(prefix="external-oms-metrics-")
     os.environ[DIRECTORY_VARIABLE] = directory
-    values.ValueClass = values.MultiProcessValue()  # type: ignore[no-untyped-call,misc,assignment]  # as at its import, which has passed
+    values.ValueClass = values.MultiProcessValue()  # type: ignore[no-untyped-call]  # as at its import, which has passed
     try:
         yield
     finally:
@@ -190,14 +190,8 @@ class Meters(Collector):
         self._monotonic = service.clock.monotonic
         self._since = service.clock.monotonic()
         self._applied: dict[str, int] = {}
-        self._collected: Callable[[], Iterable[Metric]]
-        if are_shared():
-            self.counts = _shared()
-            self._collected = self._of_all_processes
-        else:
-            registry = CollectorRegistry()
-            self.counts = _Counts(registry)
-            self._collected = registry.collect
+        self._registry = None if are_shared() else CollectorRegistry()
+        self.counts = _shared() if self._registry is None else _Counts(self._registry)
         with _counting:
             for tenant in service.cache.tenants:
                 self.counts.begin(tenant)
@@ -279,14 +273,15 @@ class Meters(Collector):
 
     def collect(self) -> Iterable[Metric]:
         """Every metric, as it stands now, in the order of the names."""
-        with _counting:
-            counted = [_kept(metric) for metric in self._collected() if metric.name.startswith(PREFIX)]
+        counted = [_kept(metric) for metric in self._counted() if metric.name.startswith(PREFIX)]
         return sorted([*gauges_of(self._service), *counted], key=lambda metric: metric.name)
 
-    @staticmethod
-    def _of_all_processes() -> Iterable[Metric]:
-        found: Iterable[Metric] = multiprocess.MultiProcessCollector(None).collect()  # type: ignore[no-untyped-call]  # no types here
-        return found
+    def _counted(self) -> Iterable[Metric]:
+        if self._registry is not None:
+            with _counting:  # it takes the library's locks
+                return list(self._registry.collect())
+        summed: Iterable[Metric] = multiprocess.MultiProcessCollector(None).collect()  # type: ignore[no-untyped-call]  # the library has no types here
+        return summed
 
 
 def _kept(metric: Metric) -> Metric:
@@ -303,7 +298,7 @@ def exposition(meters: Collector, accept: MIMEAccept) -> tuple[bytes, str]:
     kinds = [kind.partition(";")[0].strip().lower() for kind, quality in accept if quality > 0]
     plain = kinds.index("text/plain") if "text/plain" in kinds else len(kinds)
     if _OPENMETRICS in kinds[:plain]:
-        return openmetrics.generate_latest(meters), openmetrics.CONTENT_TYPE_LATEST  # type: ignore[no-untyped-call]  # no types here
+        return openmetrics.generate_latest(meters), openmetrics.CONTENT_TYPE_LATEST  # type: ignore[no-untyped-call]  # the library has no types here
     return generate_latest(meters), CONTENT_TYPE_PLAIN_0_0_4
 
 

@@ -7,9 +7,11 @@ Protocol, OpenAPI 0.3.0 and ADR-0002 to ADR-0008.
 from __future__ import annotations
 
 import hashlib
+import re
 import threading
 from collections.abc import Callable
 from http import HTTPStatus
+from typing import NamedTuple
 
 from flask import Blueprint, Response, request
 from openfeature.evaluation_context import EvaluationContext
@@ -59,6 +61,7 @@ in milliseconds; where it was lost on its way, the listener's next event or poll
 _JSON = "application/json"
 _PATHS = {"v1/evaluate/flags": "POST", "v1/events": "GET, HEAD"}
 _FLAG = "v1/evaluate/flags/"
+_PREFIX = re.compile(r"(/[A-Za-z0-9._~-]+){1,8}")
 
 
 class Refusal(Problem):
@@ -152,7 +155,7 @@ class _Evaluation:
         self._provider = parts.provider
         self._cache = parts.service.cache
         self._evaluated = parts.evaluated
-        self._made: dict[object, tuple[FlagResolutionDetails[bool], bytes]] = {}
+        self._made: dict[object, _Made] = {}
 
     def answer(self, key: str) -> Response:
         context = _context()
@@ -164,17 +167,21 @@ class _Evaluation:
             name = self._cache.tenant_of(tenant)
             self._evaluated.tell(Evaluated(name, Reason.ERROR.value, Via.OFREP))
             return Response(compact(unserved(self._cache.peek(name))), content_type=_JSON)
-        self._evaluated.tell(Evaluated(str(details.flag_metadata["tenant"]), str(details.reason), Via.OFREP))
-        return Response(self._bytes(tenant, details), content_type=_JSON)
-
-    def _bytes(self, tenant: object, details: FlagResolutionDetails[bool]) -> bytes:
-        """The details on the wire: the same bytes as long as they are the same details."""
         made = self._made.get(tenant)
-        if made is not None and made[0] is details:
-            return made[1]
-        body = compact(evaluated(details))
-        self._made[tenant] = (details, body)  # resolved, so the tenant is a configured one: there are no more of them
-        return body
+        if made is None or made.details is not details:
+            told = Evaluated(str(details.flag_metadata["tenant"]), str(details.reason), Via.OFREP)
+            # resolved, so the tenant is a configured one: there are no more of them than of those
+            made = self._made[tenant] = _Made(details, compact(evaluated(details)), told)
+        self._evaluated.tell(made.told)
+        return Response(made.body, content_type=_JSON)
+
+
+class _Made(NamedTuple):
+    """What is answered, and told, as long as the provider gives these very details."""
+
+    details: FlagResolutionDetails[bool]
+    body: bytes
+    told: Evaluated
 
 
 class _Bulk:
@@ -222,7 +229,13 @@ class _Bulk:
         )
 
     def _stream_path(self) -> str:
-        return f"{request.root_path.rstrip('/')}{self._parts.url_prefix}{EVENTS_PATH}"
+        """The stream's path as the client sees it; a proxy that takes a prefix off says so in X-Forwarded-Prefix.
+
+        Anybody may send that header: it forms a path in an answer to who sent it, on the host that was asked.
+        """
+        before = request.headers.get("X-Forwarded-Prefix", "").rstrip("/")
+        outside = before if _PREFIX.fullmatch(before) else ""
+        return f"{outside}{request.root_path.rstrip('/')}{self._parts.url_prefix}{EVENTS_PATH}"
 
     @staticmethod
     def _etag(now: Configuration, ticket: str | None) -> str:

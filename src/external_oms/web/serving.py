@@ -26,6 +26,7 @@ from external_oms.settings import Settings
 from external_oms.tenants import is_loopback
 from external_oms.web.access import EXTENSION
 from external_oms.web.app import create_app
+from external_oms.web.metrics import forget, shared_counts
 from external_oms.web.parts import Parts
 
 __all__ = ["DEFAULT_BIND", "MEMBER_HEADER", "THREADS", "Serving", "is_private", "is_taken", "run"]
@@ -108,7 +109,8 @@ def run(settings: Settings, serving: Serving) -> None:
         settings: The settings, whose credentials have been checked.
         serving: How.
     """
-    _Server(settings, serving).run()
+    with shared_counts():
+        _Server(settings, serving).run()
 
 
 class _Server(BaseApplication):
@@ -132,6 +134,7 @@ class _Server(BaseApplication):
             "preload_app": serving.preload,
             "graceful_timeout": GRACE_SECONDS,
             "proc_name": "external-oms",
+            "child_exit": _forget,
             "control_socket_disable": True,  # nobody asked for another door; gunicorn has it since 25
         }
         for name, value in wanted.items():
@@ -144,6 +147,10 @@ class _Server(BaseApplication):
         if self._serving.named:
             app.after_request(_name_member)
         return app
+
+
+def _forget(_arbiter: object, worker: ThreadWorker) -> None:
+    forget(int(worker.pid))
 
 
 def _name_member(answer: Response) -> Response:

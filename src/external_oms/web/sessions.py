@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from flask import Request, Response, g, request
+from flask import Request, Response, request
 from itsdangerous import BadData, URLSafeSerializer
 
 from external_oms.errors import SettingsError
@@ -38,6 +38,9 @@ FIELD = "form_token"
 
 NOTE_SECONDS = 60.0
 """How long after a form was sent its outcome is told: long enough for a slow page, too short for an old link."""
+
+_CHANGED = "external_oms.session"
+"""Where a request keeps the session that its answer is to have the browser keep."""
 
 _LEAST = 16
 """The shortest secret that is taken, in characters."""
@@ -108,8 +111,7 @@ class Sessions:
         if session is None:
             session = _Session(secrets.token_urlsafe(16), "", self._wall())
             self._keep(session)
-        token = self._forms.dumps(session.word)
-        return token if isinstance(token, str) else token.decode()
+        return self._forms.dumps(session.word)
 
     def check_form(self) -> None:
         """See that this request's form was made for this session.
@@ -122,14 +124,17 @@ class Sessions:
             word = self._forms.loads(request.form.get(FIELD, ""))
         except BadData:
             word = None
-        if session is None or not isinstance(word, str) or not hmac.compare_digest(word.encode(), session.word.encode()):
+        if (
+            session is None
+            or not isinstance(word, str)
+            or not hmac.compare_digest(word.encode(), session.word.encode())
+        ):
             raise Problem(400, "this form is too old, or not from this page; nothing was done. Load the page again")
 
     def note(self, kind: Literal["good", "warn", "bad"], text: str) -> str:
         """A word for the address of the next page: what came of a form, for this session's eyes and not for long."""
         session = self._of(request)
-        noted = self._notes.dumps([session.word if session else "", self._wall(), kind, text])
-        return noted if isinstance(noted, str) else noted.decode()
+        return self._notes.dumps([session.word if session else "", self._wall(), kind, text])
 
     def noted(self, word: str | None) -> tuple[str, str] | None:
         """The kind and the text of a note; None where it is not ours, not this session's, or old."""
@@ -143,26 +148,25 @@ class Sessions:
 
     def apply(self, answer: Response) -> Response:
         """Have the browser keep, or forget, what this request changed."""
-        if "external_oms_session" not in g:
+        if _CHANGED not in request.environ:
             return answer
-        session: _Session | None = g.external_oms_session
+        session: _Session | None = request.environ[_CHANGED]
         path = request.root_path.rstrip("/") + self._prefix or "/"
         # asked by a loopback name, the cookie never leaves this machine, and browsers keep no Secure one there
         kept = {"path": path, "secure": not is_loopback(_host(request)), "httponly": True, "samesite": "Lax"}
         if session is None:
             answer.delete_cookie(COOKIE, **kept)  # type: ignore[arg-type]  # one set of attributes for both calls
         else:
-            signed = self._cookies.dumps([session.word, session.mark, session.at])
-            value = signed if isinstance(signed, str) else signed.decode()
+            value = self._cookies.dumps([session.word, session.mark, session.at])
             answer.set_cookie(COOKIE, value, max_age=int(self._seconds), **kept)  # type: ignore[arg-type]  # likewise
         return answer
 
     def _keep(self, session: _Session | None) -> None:
-        g.external_oms_session = session
+        request.environ[_CHANGED] = session
 
     def _of(self, asked: Request) -> _Session | None:
-        if "external_oms_session" in g:
-            changed: _Session | None = g.external_oms_session
+        if _CHANGED in asked.environ:
+            changed: _Session | None = asked.environ[_CHANGED]
             return changed
         try:
             word, mark, at = self._cookies.loads(asked.cookies.get(COOKIE, ""))

@@ -17,6 +17,8 @@ from external_oms.web.words import Flag, flag_of, freshness_words, latency, mean
 
 __all__ = ["MemberView", "Summary", "TenantView", "last_delivery", "members_view", "summarised", "tenant_view"]
 
+_GLANCE = 3
+
 
 @dataclass(frozen=True, slots=True)
 class TenantView:
@@ -97,7 +99,12 @@ class Summary:
 
 
 def tenant_view(
-    state: State, settings: Settings, fleet: Fleet | None, *, members: Sequence[Shown] = (), events: Sequence[Event] = ()
+    state: State,
+    settings: Settings,
+    fleet: Fleet | None,
+    *,
+    members: Sequence[Shown] = (),
+    events: Sequence[Event] = (),
 ) -> TenantView:
     """The view of a tenant.
 
@@ -155,15 +162,15 @@ def summarised(views: Sequence[TenantView], members: Sequence[MemberView], healt
     """The line on top: what needs somebody first, else that nothing does."""
     needy = [view.state.tenant for view in views if view.needs_somebody]
     count = {flag: sum(view.flag == flag for view in views) for flag in ("on", "off", "none")}
-    expired = sum(view.tone == "bad" for view in views)
-    failing = sum(view.tone == "warn" for view in views)
-    behind = sum(bool(member.behind) for member in members)
-    silent = sum(member.silent for member in members)
+    expired = [view.state.tenant for view in views if view.tone == "bad"]
+    failing = [view.state.tenant for view in views if view.tone == "warn"]
+    behind = [member.name for member in members if member.behind]
+    silent = [member.name for member in members if member.silent]
     parts = [
-        f"{_counted(expired, 'tenant has', 'tenants have')} no value that may be served" if expired else "",
-        f"reads fail for {_counted(failing, 'tenant', 'tenants')}, the last value serves" if failing else "",
-        f"{_counted(behind, 'process lags', 'processes lag')} behind" if behind else "",
-        f"{_counted(silent, 'process reports', 'processes report')} no more" if silent else "",
+        f"no value may be served for {_named(expired, 'tenants')}" if expired else "",
+        f"reads fail for {_named(failing, 'tenants')}, the last value serves" if failing else "",
+        f"{_named(behind, 'processes')} {'lags' if len(behind) == 1 else 'lag'} behind" if behind else "",
+        f"{_named(silent, 'processes')} {'reports' if len(silent) == 1 else 'report'} no more" if silent else "",
         "" if health.ok else health.problem,
     ]
     trouble = "; ".join(part for part in parts if part)
@@ -171,9 +178,14 @@ def summarised(views: Sequence[TenantView], members: Sequence[MemberView], healt
         tone: Literal["good", "warn", "bad"] = "bad" if expired else "warn"
         return Summary(count["on"], count["off"], count["none"], needy, tone, trouble[0].upper() + trouble[1:] + ".")
     one = views[0] if len(views) == 1 else None
-    text = f"{one.state.tenant} is {word_of(one.state.enabled)}" if one else f"All {len(views):,} tenants are served"
-    return Summary(count["on"], count["off"], count["none"], needy, "good", f"{text}, and every process agrees.")
+    served = "Both tenants are" if len(views) == 2 else f"All {len(views):,} tenants are"  # noqa: PLR2004 - both
+    text = f"{one.state.tenant} is {word_of(one.state.enabled)}" if one else f"{served} served"
+    agreed = ", and every process agrees" if len(members) > 1 else ""
+    return Summary(count["on"], count["off"], count["none"], needy, "good", f"{text}{agreed}.")
 
 
-def _counted(number: int, one: str, many: str) -> str:
-    return f"{number:,} {one if number == 1 else many}"
+def _named(names: Sequence[str], what: str) -> str:
+    """The names, where they are few enough to be read at a glance."""
+    if len(names) > _GLANCE:
+        return f"{len(names):,} {what}"
+    return " and ".join(part for part in (", ".join(names[:-1]), names[-1]) if part)

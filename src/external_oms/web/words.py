@@ -10,7 +10,19 @@ from external_oms.judgement import State
 from external_oms.settings import Settings
 from external_oms.stores.base import Cause, Event
 
-__all__ = ["Flag", "flag_of", "freshness_words", "instant", "is_unasked", "latency", "meaning", "span", "title_of", "tone_of", "word_of"]
+__all__ = [
+    "Flag",
+    "flag_of",
+    "freshness_words",
+    "instant",
+    "is_unasked",
+    "latency",
+    "meaning",
+    "span",
+    "title_of",
+    "tone_of",
+    "word_of",
+]
 
 Flag = Literal["on", "off", "none"]
 """What evaluations get: a value, or none, so that each caller's own default holds."""
@@ -103,18 +115,12 @@ def freshness_words(state: State, settings: Settings) -> str:
 def title_of(event: Event) -> str:
     """What happened, in a few words."""
     value = "" if event.enabled is None else f" {word_of(event.enabled)}"
-    match event.cause:
-        case Cause.CHANGED:
-            return f"now{value}"
-        case Cause.DELIVERY:
-            return "delivery"
-        case Cause.INVALIDATED:
-            return "invalidated"
-        case Cause.WRITE:
-            return f"switch{value}"
-        case Cause.FAILED:
-            return "reads fail"
-        case Cause.RECOVERED:
-            return "reads work again"
-        case _:
-            return "store"
+    return {
+        Cause.CHANGED: f"now{value}",
+        Cause.DELIVERY: "delivery",
+        Cause.INVALIDATED: "invalidated",
+        Cause.WRITE: f"switch{value}",
+        Cause.FAILED: "reads fail",
+        Cause.RECOVERED: "reads work again",
+        Cause.STORE: "store",
+    }[event.cause]

@@ -1,0 +1,578 @@
+"""The page as it reads without scripts: what it shows of every state, who may do what, and what becomes of a switch."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from time import monotonic, sleep
+
+import pytest
+from werkzeug.test import TestResponse
+
+from external_oms.emulator import ConfigAPIEmulator, Fault
+from external_oms.stores.base import Cause, Event, Member
+from external_oms.web import dashboard
+from external_oms.web.api import REASON_LENGTH
+from external_oms.web.dashboard import PANELS, TIMELINE_ROWS
+from external_oms.web.fleet import KEEP_SECONDS
+from tests.web.conftest import TENANT, Server, StartServer, with_key
+from tests.web.pages import form_token, open_browser, text_of
+
+RANK = {"stranger": -1, "nobody": -1, "viewer": 1, "operator": 2, "admin": 3}
+ONE = f"/tenants/{TENANT}"
+SWITCH = f"{ONE}/switch"
+
+ROUTES: list[tuple[str, str, int]] = [
+    ("GET", "/", 1),
+    ("GET", ONE, 1),
+    ("GET", f"{SWITCH}?to=on", 3),
+    ("POST", SWITCH, 3),
+    ("POST", f"{ONE}/read", 2),
+    ("GET", "/login", 0),
+    ("POST", "/login", 0),
+    ("POST", "/logout", 0),
+]
+"""Every route of the page with the rank that it needs."""
+
+
+def read(server: Server, tenant: str = TENANT, enabled: bool | None = None) -> None:
+    """Have a value read, so that there is one to show."""
+    if enabled is not None:
+        server.api.set_enabled(tenant, enabled)
+    server.parts.service.operations.refresh(tenant)
+
+
+def switch(server: Server, to: str, *, seen: str, reason: str = "OPS-7", tenant: str = TENANT) -> TestResponse:
+    """Confirm a switch in a browser that has logged in."""
+    path = f"/tenants/{tenant}/switch"
+    token = form_token(server.client.get(f"{path}?to={to}"))
+    return server.client.post(path, data={"form_token": token, "to": to, "from": seen, "reason": reason})
+
+
+def note(server: Server, answer: TestResponse) -> tuple[str, str]:
+    """Kind and text of what the next page says became of a form."""
+    assert answer.status_code == 303, answer.text[:1000]
+    found = re.search(
+        r'<p class="note (\w+)" role="status">([^<]*)', server.client.get(answer.headers["Location"]).text
+    )
+    assert found
+    return found.group(1), found.group(2).replace("&#39;", "'")
+
+
+# -- who ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("who", RANK)
+@pytest.mark.parametrize(("method", "path", "rank"), ROUTES)
+def test_each_page_answers_each_role_as_the_table_says(
+    server: Server, method: str, path: str, rank: int, who: str
+) -> None:
+    answer = server.client.open(path, method=method, headers=with_key(who))
+    if rank > RANK[who]:
+        turned_away = 303 if method == "GET" else 401
+        assert answer.status_code == (turned_away if RANK[who] < 0 else 403) if rank else answer.status_code < 500
+    elif method == "POST":
+        assert answer.status_code == 400, "without the token of a form"
+    else:
+        assert answer.status_code in {200, 303}
+    assert server.api.writes(TENANT) == 0
+
+
+def test_the_table_of_routes_holds_every_page(server: Server) -> None:
+    mounted = {
+        (method, rule.rule.replace("<tenant>", TENANT))
+        for rule in server.app.url_map.iter_rules()
+        if rule.endpoint.startswith("external_oms.dashboard.")
+        and not rule.endpoint.rpartition(".")[2].startswith(("not_", "options_", "static"))
+        for method in (rule.methods or set()) - {"HEAD", "OPTIONS"}
+    }
+    assert mounted == {(method, path.partition("?")[0]) for method, path, _ in ROUTES}
+
+
+@pytest.mark.parametrize(("role", "switches", "reads"), [("viewer", 0, 0), ("operator", 0, 1), ("admin", 1, 1)])
+def test_only_what_a_role_may_do_is_offered(server: Server, role: str, switches: int, reads: int) -> None:
+    read(server)
+    open_browser(server.client, role)
+    for path in ("/", ONE):
+        page = server.client.get(path).text
+        assert page.count("Switch O") == switches
+        assert page.count("Read now") == reads
+
+
+# -- headers -----------------------------------------------------------------------------------------------------------
+
+
+class Inline(HTMLParser):
+    """What a content security policy without `unsafe-inline` would keep from running."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        names = dict(attrs)
+        if tag == "style" or (tag == "script" and "src" not in names):
+            self.found.append(tag)
+        self.found += [name for name in names if name == "style" or name.startswith("on")]
+        self.found += [
+            value
+            for name in ("src", "href", "action")
+            if (value := names.get(name)) and not value.startswith(("/", "#"))
+        ]
+
+
+PAGES = ("/login", "/", ONE, f"{SWITCH}?to=on", "/tenants/nobody", f"{SWITCH}?to=maybe", "/login?tenant=x")
+
+
+@pytest.mark.parametrize("path", PAGES)
+def test_no_page_holds_a_script_a_style_or_an_address_elsewhere(server: Server, path: str) -> None:
+    if not path.startswith("/login"):
+        open_browser(server.client)
+    walked = Inline()
+    walked.feed(server.client.get(path).text)
+    assert walked.found == []
+
+
+@pytest.mark.parametrize("path", [*PAGES, "/static/external-oms/dashboard.js", "/static/external-oms/dashboard.css"])
+def test_every_page_is_sealed(server: Server, path: str) -> None:
+    open_browser(server.client)
+    with server.client.get(path) as answer:
+        policy = answer.headers["Content-Security-Policy"]
+        assert "default-src 'none'" in policy
+        assert "frame-ancestors 'none'" in policy
+        assert "unsafe" not in policy
+        assert "*" not in policy
+        assert answer.headers["X-Frame-Options"] == "DENY"
+        assert answer.headers["X-Content-Type-Options"] == "nosniff"
+        assert answer.headers["Referrer-Policy"] == "same-origin"
+        assert answer.headers["Cache-Control"] in {"no-store", "no-cache"}
+
+
+def test_what_others_wrote_is_shown_as_text(server: Server) -> None:
+    read(server)
+    server.parts.service.operations._append(  # whatever a row holds
+        TENANT, Cause.WRITE, actor="<b>ada", delivery_id="<script>", detail='"><img src=x onerror=alert(1)>'
+    )
+    open_browser(server.client)
+    page = server.client.get("/").text
+    assert "<script>" not in page
+    assert "<img" not in page
+    assert "&lt;b&gt;ada" in page
+
+
+# -- what is shown -----------------------------------------------------------------------------------------------------
+
+
+def test_two_tenants_are_shown_with_everything_that_is_known(two: Server) -> None:
+    read(two, TENANT, True)
+    read(two, "globex", False)
+    assert two.deliver(delivery_id="msg_seen").status_code == 200
+    open_browser(two.client)
+    said = text_of(two.client.get("/"))
+    for words in (
+        f"{TENANT} ON",
+        "globex OFF",
+        "The external OMS owns the orders.",
+        "The tenant's own order management owns the orders.",
+        "Fresh for another",
+        "Generation 1",
+        "Source this process",
+        "Last read answered in",
+        "read again",
+        "msg_seen",
+        "Failing since not failing",
+        "1 on 1 off",
+    ):
+        assert words in said
+    assert f"{TENANT} ON" in text_of(two.client.get(ONE))
+
+
+def test_one_tenant_is_the_whole_page(server: Server) -> None:
+    read(server, enabled=True)
+    open_browser(server.client, "viewer")
+    page = server.client.get("/")
+    assert f"<title>{TENANT} ON" in page.text
+    assert "All tenants" not in page.text
+
+
+def test_an_old_value_says_why_since_when_and_how_long_it_will_do(server: Server) -> None:
+    read(server, enabled=True)
+    server.api.fault(TENANT, Fault(status=503, times=None))
+    assert server.deliver().status_code == 202
+    open_browser(server.client, "viewer")
+    said = text_of(server.client.get("/"))
+    assert f"Reads fail for {TENANT}, the last value serves." in said
+    assert "answered 503" in said
+    assert re.search(r"Stale for \d+ s; served for another (59|60) min", said) or "served for another 1 h" in said
+    assert re.search(r"Last read failed after \d+ ms", said)
+    assert re.search(r"Next try in \d+ s", said)
+    assert "not read yet; a read follows" in said
+
+
+@pytest.mark.parametrize(
+    ("policy", "word", "meaning"),
+    [
+        ("default", "NO VALUE", "Each caller's own default decides, by when_expired = default."),
+        ("on", "ON", "The external OMS owns the orders, by when_expired = on."),
+        ("off", "OFF", "The tenant's own order management owns the orders, by when_expired = off."),
+        ("last", "NO VALUE", "Each caller's own default decides, by when_expired = last."),
+    ],
+)
+def test_without_a_value_the_page_says_what_callers_get(
+    start: StartServer, api: ConfigAPIEmulator, policy: str, word: str, meaning: str
+) -> None:
+    api.fault(TENANT, Fault(status=500, times=None))
+    server = start(when_expired=policy)
+    until = monotonic() + 10
+    while not server.parts.service.cache.state(TENANT).failures:
+        assert monotonic() < until
+        sleep(0.01)
+    open_browser(server.client, "viewer")
+    said = text_of(server.client.get("/"))
+    assert f"{TENANT} {word}" in said
+    assert f"{meaning} No value was ever read." in said
+    assert f"No value may be served for {TENANT}." in said
+
+
+def test_where_nobody_asks_an_old_value_is_no_alarm(start: StartServer) -> None:
+    server = start(refresh="lazy", ttl_seconds=0.05, timeout_seconds=0.05, stale_while_revalidate_seconds=0)
+    read(server, enabled=True)
+    open_browser(server.client, "viewer")
+    until = monotonic() + 10
+    while server.parts.service.cache.state(TENANT).freshness != "expired":
+        assert monotonic() < until
+        sleep(0.01)
+    said = text_of(server.client.get("/"))
+    assert f"{TENANT} ON" in said
+    assert "the next evaluation reads it first" in said
+
+
+def test_a_member_that_lags_is_seen_at_once_and_a_silent_one_too(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read(server, enabled=True)
+    assert server.deliver().status_code == 200
+    store = server.parts.service.store
+    store.report([Member("web-2:8", TENANT, 0, False, "stale", 9.0), Member("web-3:9", TENANT, 1, True, "fresh", 1.0)])
+    clock = server.parts.service.clock
+    real = clock.monotonic
+    open_browser(server.client, "viewer")
+    assert "web-2:8 OFF 0 9 s stale" in text_of(server.client.get("/")), "it has a moment to follow"
+    monkeypatch.setattr("external_oms.clock.SystemClock.monotonic", lambda _: real() + 5.0)
+    said = text_of(server.client.get("/"))
+    assert re.search(r"web-2:8 OFF 0 1[34] s lags behind", said)
+    assert re.search(r"web-3:9 ON 1 \d s fresh", said)
+    assert "web-2:8 lags behind." in said
+    monkeypatch.setattr("external_oms.clock.SystemClock.monotonic", lambda _: real() + 40.0)
+    assert "silent for 40 s" in text_of(server.client.get("/"))
+
+
+def test_the_fleet_is_asked_once_however_many_pages_are_open(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str | None] = []
+    store = server.parts.service.store
+    real = type(store).members
+
+    def counted(self: object, tenant: str | None = None) -> object:
+        asked.append(tenant)
+        return real(store, tenant)  # type: ignore[arg-type]  # the store itself
+
+    monkeypatch.setattr(type(store), "members", counted)
+    open_browser(server.client, "viewer")
+    began = monotonic()
+    for _ in range(20):
+        assert server.client.get(ONE).status_code == 200
+    assert len(asked) <= 1 + (monotonic() - began) / KEEP_SECONDS
+
+
+def test_the_history_goes_on_over_pages(server: Server) -> None:
+    read(server)
+    for number in range(TIMELINE_ROWS + 10):
+        assert server.deliver(delivery_id=f"msg_number_{number:02d}_").status_code in {200, 202}
+    open_browser(server.client, "viewer")
+    first = server.client.get("/")
+    assert first.text.count('<li class="delivery') == TIMELINE_ROWS
+    older = re.search(r'href="(/\?before=\d+)#timeline"', first.text)
+    assert older
+    second = text_of(server.client.get(older.group(1)))
+    assert "msg_number_05_" in second
+    assert "msg_number_39_" not in second
+    assert server.client.get("/?before=nonsense").status_code == 200
+
+
+# -- many tenants ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def many() -> tuple[str, ...]:
+    return tuple(f"shop-{number:04d}" for number in range(1000))
+
+
+def test_a_thousand_tenants_are_a_line_each_and_the_page_stays_usable(
+    start: StartServer, many: tuple[str, ...]
+) -> None:
+    with ConfigAPIEmulator(many) as api:
+        server = start(*many, refresh="lazy", tenants=api.settings(*many).tenants, token_url=api.token_url)
+        open_browser(server.client, "viewer")
+        page = server.client.get("/")
+        began = monotonic()
+        page = server.client.get("/")
+        took = monotonic() - began
+        assert page.text.count("data-tenant=") == 1000
+        assert len(page.data) < 1_500_000
+        assert took < 2.0
+        began = monotonic()
+        parts = server.client.get("/?parts=1")
+        assert "data-tenant=" not in parts.text
+        assert len(parts.data) < 20_000
+        print(
+            f"\n1000 tenants: {took * 1000:.0f} ms, {len(page.data) / 1000:.0f} kB; {(monotonic() - began) * 1000:.0f} ms"
+        )
+
+
+def test_a_filter_works_without_scripts(start: StartServer) -> None:
+    names = [TENANT, "globex", *(f"shop-{number}" for number in range(PANELS))]
+    with ConfigAPIEmulator(names) as api:
+        server = start(*names, refresh="lazy", tenants=api.settings(*names).tenants, token_url=api.token_url)
+        read(server, "shop-3")
+        open_browser(server.client, "viewer")
+
+        def shown(query: str) -> list[str]:
+            rows = re.findall(r'data-tenant="([^"]+)" data-flag="\w+"([^>]*)>', server.client.get(f"/?{query}").text)
+            return [name for name, rest in rows if "hidden" not in rest]
+
+        assert shown("") == names
+        assert shown("q=GLOB") == ["globex"]
+        assert shown("q=shop&show=off") == ["shop-3"]
+        assert len(shown("show=attention")) == len(names) - 1
+        assert shown("q=%3Cscript%3E") == []
+
+
+# -- switching ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_confirmation_names_tenant_old_and_new_and_asks_why(server: Server) -> None:
+    read(server, enabled=False)
+    open_browser(server.client)
+    page = server.client.get(f"{SWITCH}?to=on")
+    said = text_of(page)
+    assert f"Switch {TENANT} ON?" in said
+    assert f"Tenant {TENANT} Now OFF" in said
+    assert "Then ON the external OMS owns the orders" in said
+    assert re.search(r'<input id="reason"[^>]* required', page.text)
+    assert server.api.writes(TENANT) == 0
+
+
+def test_a_switch_reaches_the_api_with_actor_and_reason_in_the_history(server: Server) -> None:
+    read(server, enabled=False)
+    open_browser(server.client)
+    kind, text = note(server, switch(server, "on", seen="OFF", reason="  partner is\tback, OPS-7 "))
+    assert (kind, text) == (
+        "good",
+        f"{TENANT} is ON: written, and read back at generation 1. Every process follows.",
+    )
+    assert (server.api.enabled(TENANT), server.api.writes(TENANT)) == (True, 1)
+    (row,) = [event for event in server.parts.service.operations.history() if event.cause is Cause.WRITE]
+    assert (row.actor, row.enabled) == ("the-admin", True)
+    assert "reason: partner is back, OPS-7" in row.detail
+    assert "switch ON by the-admin" in text_of(server.client.get("/")).replace("Switch ON by", "switch ON by")
+
+
+@pytest.mark.parametrize(
+    ("reason", "said"),
+    [("", "Say why"), ("   ", "Say why"), ("x" * (REASON_LENGTH + 1), "one line of text"), ("a\x00b", "one line")],
+)
+def test_without_a_reason_nothing_is_written(server: Server, reason: str, said: str) -> None:
+    read(server)
+    open_browser(server.client)
+    answer = switch(server, "on", seen="OFF", reason=reason)
+    assert (answer.status_code, said in answer.text, server.api.writes(TENANT)) == (400, True, 0)
+
+
+@pytest.mark.parametrize("to", ["", "maybe", "true"])
+def test_a_switch_to_nothing_is_asked_again(server: Server, to: str) -> None:
+    read(server)
+    open_browser(server.client)
+    token = form_token(server.client.get(f"{SWITCH}?to=on"))
+    form = {"form_token": token, "to": to, "from": "OFF", "reason": "x"}
+    answer = server.client.post(SWITCH, data=form)
+    assert (answer.status_code, server.api.writes(TENANT)) == (400, 0)
+
+
+def test_what_changed_since_it_was_looked_at_is_asked_again_with_the_reason_kept(server: Server) -> None:
+    read(server, enabled=False)
+    open_browser(server.client)
+    token = form_token(server.client.get(f"{SWITCH}?to=on"))
+    read(server, enabled=True)
+    form = {"form_token": token, "to": "off", "from": "OFF", "reason": "OPS-9"}
+    answer = server.client.post(SWITCH, data=form)
+    assert answer.status_code == 400
+    assert "It is ON now, which is not what you saw" in answer.text
+    assert 'value="OPS-9"' in answer.text
+    assert server.api.writes(TENANT) == 0
+
+
+def test_what_is_so_already_needs_no_switch(server: Server) -> None:
+    read(server, enabled=True)
+    open_browser(server.client)
+    page = server.client.get(f"{SWITCH}?to=on")
+    assert "It is ON already" in page.text
+    assert 'name="reason"' not in page.text
+
+
+def test_where_the_present_value_is_not_known_both_are_offered(start: StartServer) -> None:
+    server = start(refresh="lazy")
+    open_browser(server.client)
+    page = server.client.get(SWITCH)
+    assert "What it is now is not known" in page.text
+    assert note(server, switch(server, "on", seen="unknown"))[0] == "good"
+    assert server.api.enabled(TENANT) is True
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind", "said"),
+    [
+        (Fault(status=409, times=None, where="write"), "bad", "refuses ON in its present state (409)"),
+        (Fault(status=400, times=None, where="write"), "bad", "Not switched: the config API refused ON"),
+        (Fault(status=403, times=None, where="write"), "bad", "Not switched: nothing was written"),
+        (Fault(status=429, retry_after=9, times=None, where="write"), "bad", "Not switched: nothing was written"),
+    ],
+    ids=["409", "400", "403", "429"],
+)
+def test_a_switch_that_fails_says_so_in_words_and_claims_nothing(
+    server: Server, fault: Fault, kind: str, said: str
+) -> None:
+    read(server, enabled=False)
+    server.api.fault(TENANT, fault)
+    open_browser(server.client)
+    told = note(server, switch(server, "on", seen="OFF"))
+    assert told[0] == kind
+    assert said in told[1]
+    assert server.api.enabled(TENANT) is False
+
+
+def test_a_switch_whose_answer_was_lost_is_read_back_until_it_is_known(server: Server) -> None:
+    read(server, enabled=False)
+    server.api.fault(TENANT, Fault(dropped="headers", where="write"))
+    server.api.fault(TENANT, Fault(status=500, times=2))
+    open_browser(server.client)
+    assert note(server, switch(server, "on", seen="OFF"))[0] == "good"
+
+
+def test_a_switch_whose_outcome_stays_unknown_says_so_and_what_to_do(server: Server) -> None:
+    read(server, enabled=False)
+    server.api.fault(TENANT, Fault(dropped="headers", times=None, where="write"))
+    server.api.fault(TENANT, Fault(status=500, times=None))
+    open_browser(server.client)
+    kind, text = note(server, switch(server, "on", seen="OFF"))
+    assert kind == "warn"
+    assert "Nobody knows yet whether ON was taken" in text
+    assert "Watch this page before you try again" in text
+
+
+def test_a_write_that_the_api_took_and_does_not_show_yet_is_told_so(server: Server) -> None:
+    read(server, enabled=False)
+    server.api.fault(TENANT, Fault(lag_seconds=60.0))
+    open_browser(server.client)
+    kind, text = note(server, switch(server, "on", seen="OFF"))
+    assert kind == "warn"
+    assert f"took ON for {TENANT} and still answers OFF" in text
+
+
+def test_what_became_of_a_form_is_told_to_its_session_alone(server: Server) -> None:
+    read(server, enabled=False)
+    open_browser(server.client)
+    place = switch(server, "on", seen="OFF").headers["Location"]
+    other = open_browser(server.app.test_client())
+    assert 'class="note' not in other.get(place).text
+    assert 'class="note' not in server.client.get(f"{ONE}?note=forged").text
+    assert 'class="note' not in server.client.get(place[:-1]).text
+
+
+def test_switches_are_limited_by_name(start: StartServer) -> None:
+    server = start(writes_per_minute=1)
+    read(server, enabled=False)
+    open_browser(server.client)
+    assert note(server, switch(server, "on", seen="OFF"))[0] == "good"
+    answer = switch(server, "off", seen="ON")
+    assert answer.status_code == 429
+    assert "Too often" in answer.text
+    assert int(answer.headers["Retry-After"]) >= 1
+
+
+def test_reading_now_tells_what_it_found_or_why_not(server: Server) -> None:
+    read(server, enabled=True)
+    open_browser(server.client, "operator")
+
+    def press() -> tuple[str, str]:
+        token = form_token(server.client.get("/"))
+        return note(server, server.client.post(f"{ONE}/read", data={"form_token": token}))
+
+    assert press() == ("good", f"Read just now: {TENANT} is ON.")
+    server.api.fault(TENANT, Fault(status=503, times=None))
+    kind, text = press()
+    assert kind == "bad"
+    assert text.startswith("The read failed: ")
+
+
+# -- failing -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [("GET", "/tenants/nobody", 404), ("DELETE", ONE, 405), ("POST", "/", 405), ("GET", f"{ONE}/read", 405)],
+)
+def test_an_error_is_a_page_in_words(server: Server, method: str, path: str, status: int) -> None:
+    open_browser(server.client)
+    answer = server.client.open(path, method=method)
+    assert (answer.status_code, answer.mimetype) == (status, "text/html")
+    assert 'role="alert"' in answer.text
+    if status == 405:
+        assert "GET" in answer.headers["Allow"] or "POST" in answer.headers["Allow"]
+
+
+def test_a_defect_is_a_page_without_its_text(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("a secret of the inside")
+
+    open_browser(server.client)
+    monkeypatch.setattr(dashboard, "_timeline", broken)
+    answer = server.client.get("/")
+    assert (answer.status_code, "secret" in answer.text) == (500, False)
+
+
+def test_without_the_dashboard_there_is_no_page_and_no_login(start: StartServer) -> None:
+    server = start(dashboard=False)
+    for path in ("/", "/login", "/static/external-oms/dashboard.js"):
+        assert server.client.get(path).status_code == 404
+
+
+def test_every_static_file_and_template_is_in_the_package() -> None:
+    place = Path(dashboard.__file__).parent
+    assert {path.name for path in (place / "static").iterdir()} == {
+        "dashboard.css",
+        "dashboard.js",
+        "icon.svg",
+        "login.js",
+    }
+    used = {
+        name
+        for path in (place / "templates").rglob("*.html")
+        for name in re.findall(r"http[s]?://[^\"' )]+", path.read_text())
+    }
+    assert used == set(), "nothing is fetched from elsewhere"
+
+
+def test_the_rows_say_what_happened() -> None:
+    from datetime import UTC, datetime
+
+    from external_oms.web.words import latency, span, title_of
+
+    at = datetime(2026, 1, 2, tzinfo=UTC)
+    titles = {cause: title_of(Event(at, TENANT, cause, enabled=True)) for cause in Cause}
+    assert titles[Cause.WRITE] == "switch ON"
+    assert len(set(titles.values())) == len(Cause)
+    assert [span(seconds) for seconds in (None, -3.0, 0.9, 59.9, 60, 3599, 3600, 86_399, 90_000)] == [
+        "—", "0 s", "0 s", "59 s", "1 min 00 s", "59 min 59 s", "1 h 00 min", "23 h 59 min", "1 d 1 h",
+    ]  # fmt: skip
+    assert [latency(seconds) for seconds in (None, 0.0234, 1.44)] == ["", "23 ms", "1.4 s"]
