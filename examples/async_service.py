@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from itertools import pairwise
 
 from openfeature import api
 
@@ -30,7 +31,7 @@ async def serve(provider: ExternalOMSProvider) -> None:
         *(provider.resolve_boolean_details_async(FLAG_KEY, default_value=False) for _ in range(100))
     )
     heart.cancel()
-    longest = max(later - earlier for earlier, later in zip(beats, beats[1:], strict=False))
+    longest = max(later - earlier for earlier, later in pairwise(beats))
     print(f"{len(answers)} answers {answers[0].value}; the loop never stood still for more than {longest * 1e3:.0f} ms")
 
 

@@ -1,7 +1,7 @@
 """The flag in an application without a web framework: evaluate, see why, hear of changes.
 
-Run it by `python examples/quickstart.py`. Here an emulator stands for the config API; in a service leave `settings` out,
-and the environment decides.
+Run it by `python examples/quickstart.py`. Here an emulator stands for the config API; in a service leave `settings`
+out, and the environment decides.
 """
 
 from __future__ import annotations

@@ -36,8 +36,6 @@ __all__ = ["Cache", "Change", "ChangeKind"]
 WAIT_GRACE_SECONDS = 0.25
 """How much longer than a read may last its waiters wait: so that they get its failure, not their own deadline."""
 
-_WORTH = (Freshness.FRESH, Freshness.STALE, Freshness.EXPIRED)
-
 
 class Cache:
     """The snapshots of some tenants, over one store and one source.
@@ -141,11 +139,7 @@ class Cache:
         return self._seats.judge(tenant)
 
     def lookup(self, tenant: str) -> Answer:
-        """What may be served now; waits for a read, with a deadline, only where nothing may be served without.
-
-        Args:
-            tenant: A configured tenant.
-        """
+        """What may be served now; waits for a read, with a deadline, only where nothing may be served without."""
         answer, flight = self._board(tenant)
         if flight is None:
             return answer
@@ -314,30 +308,20 @@ class Cache:
         self._runner.at(when, partial(self._fall_due, tenant, record))
 
     def _fall_due(self, tenant: str, planned: Record, *, apart: bool = False) -> None:
+        parting = 0.0 if apart else self._seats.parting_seconds(planned, self._random())
         with self._planning:
             if self._plans.get(tenant) is not planned:
                 return  # the plan was made anew, by a later record
-            if not apart and (seconds := self._parting_seconds(planned)) > 0:
-                self._runner.at(self._clock.monotonic() + seconds, partial(self._fall_due, tenant, planned, apart=True))
-                return
-            del self._plans[tenant]
+            if not parting:
+                del self._plans[tenant]
+        if parting:
+            self._runner.at(self._clock.monotonic() + parting, partial(self._fall_due, tenant, planned, apart=True))
+            return
         record = self._seats.judge(tenant).record
         if record is planned:
             self._flights.join(tenant, generation=record.generation, newer_than=last_number(record))
         else:
             self._schedule(tenant, record)
-
-    def _parting_seconds(self, record: Record) -> float:
-        """How much longer a member of a fleet waits that has to read alone from now on, for its store is away.
-
-        All members hold the same snapshot and would all read it again at once, for they cannot see that others do.
-        Spread over one lifetime they ask no more often than so many single processes, now and from then on; meanwhile
-        the value is served as stale, as long as it may be.
-        """
-        snapshot = record.snapshot
-        if snapshot is None or not record.foreign or not self._store.spread_seconds or self._store.health().ok:
-            return 0.0
-        return self._random() * min(snapshot.lifetime_seconds, self._windows.stale_while_revalidate_seconds)
 
     def _deadline(self) -> float:
         return self._clock.monotonic() + self._timeout_seconds + WAIT_GRACE_SECONDS

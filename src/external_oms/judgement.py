@@ -30,6 +30,7 @@ __all__ = [
     "is_metered",
     "judge",
     "last_number",
+    "parting_seconds",
     "snapshot_after",
     "stale_at",
     "state_of",
@@ -232,6 +233,23 @@ def due_at(record: Record, *, now: float, random: float, spread_seconds: float =
         # the early draws of so short a lifetime lie closer together than a read takes: all would be first
         return ends + spread_delay_seconds(spread_seconds, random)
     return max(now, ends - early_seconds(record.snapshot.lifetime_seconds, random))
+
+
+def parting_seconds(record: Record, *, random: float, windows: Windows) -> float:
+    """How much longer a process waits whose read is due and whose store is away, so that it has to read by itself.
+
+    All who share the store hold the same snapshot, and cannot see any more that others read it. Spread over a lifetime
+    they ask no more often than so many single processes, now and, as each goes on from its own read, ever after;
+    meanwhile the value is served as stale, for as long as it may be. What an invalidation made stale is not put off.
+
+    Args:
+        record: The record that is due.
+        random: A number in [0, 1).
+        windows: The windows in force.
+    """
+    if record.snapshot is None or not record.foreign or record.snapshot.generation < record.generation:
+        return 0.0
+    return random * min(record.snapshot.lifetime_seconds, windows.stale_while_revalidate_seconds)
 
 
 def snapshot_after(

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from external_oms.clock import Clock
 from external_oms.freshness import Freshness, Windows
-from external_oms.judgement import Answer, judge
+from external_oms.judgement import Answer, judge, parting_seconds
 from external_oms.signals import Signal
 from external_oms.stores.base import Record, Store
 
@@ -107,6 +107,10 @@ class Seats:
         ):
             self._notice(seat, answer)
         return answer
+
+    def parting_seconds(self, record: Record, random: float) -> float:
+        """How much longer a read that is due waits because its store is away; 0 where it is there."""
+        return 0.0 if self._store.health().ok else parting_seconds(record, random=random, windows=self._windows)
 
     def warrant(self, answer: Answer) -> Warrant:
         """What a fresh answer may be given again by."""

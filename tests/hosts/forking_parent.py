@@ -20,7 +20,7 @@ from openfeature.event import EventDetails, ProviderEvent
 
 from external_oms import FLAG_KEY, ExternalOMSError, ExternalOMSProvider
 
-CHILDREN_AT_ONCE = 6
+CHILDREN_AT_ONCE = 2
 PATIENCE_SECONDS = 10.0
 
 

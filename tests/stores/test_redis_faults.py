@@ -491,8 +491,8 @@ def test_a_record_that_no_member_wrote_is_not_believed_and_the_member_works_alon
     store = member(server.url)
     store_value(store, enabled=True)
     key = f"{store.prefix}:{{{TENANT}}}:record"
-    server.command("DEL", key) if spoil.startswith("set") else None
-    server.command("HSET", key, "revision", "9" * 16) if spoil.startswith("hset") else None
+    if spoil.startswith("hset"):
+        server.command("HSET", key, "revision", "9" * 16)
     server.command(*spoil.format(key=key).split(" "))
     until(lambda: not store.health().ok)
     assert is_fresh(store), "what it knew it still knows"
@@ -502,24 +502,32 @@ def test_a_record_that_no_member_wrote_is_not_believed_and_the_member_works_alon
     until(lambda: store.load(TENANT).generation >= 2)
 
 
-@pytest.mark.parametrize("place", ["{_history}:rows", "{_members}:index"])
-def test_a_key_for_people_that_no_member_wrote_is_no_error(server: RedisServer, member: MakeMember, place: str) -> None:
+def test_history_or_members_that_cannot_be_used_take_nothing_else_along(
+    server: RedisServer, member: MakeMember
+) -> None:
     store = member(server.url)
-    store.report([Member("host:1", TENANT, 0, None, "expired", None)])
-    key = f"{store.prefix}:{place}"
-    server.command("DEL", key)
-    server.command("SET", key, "text")
-    assert store.history() == ()
-    store.report([Member("host:1", TENANT, 0, None, "expired", None)])
-    assert len(store.members()) == 1
-    server.command("DEL", key)
-    until(lambda: store.health().ok)
-    server.command("XADD", f"{store.prefix}:{{_history}}:rows", "*", "event", "{}")
-    assert store.history() == ()
-    until(lambda: store.health().ok)
-    store.report([Member("host:1", TENANT, 0, None, "expired", None)])
-    server.command("SET", f"{store.prefix}:{{_members}}:host:1", "{}")
-    assert len(store.members()) == 1, "it shows what this process reported"
+    rows, index, report = (
+        f"{store.prefix}:{name}" for name in ("{_history}:rows", "{_members}:index", "{_members}:host:1")
+    )
+    event, told = Event(datetime.now(UTC), TENANT, Cause.CHANGED), [Member("host:1", TENANT, 0, None, "expired", None)]
+    for key in (rows, index):
+        server.command("SET", key, "text")
+    store.append(event)
+    store.report(told)
+    assert [row.cause for row in store.history()] == [Cause.CHANGED], "what this process knows of it"
+    assert [one.name for one in store.members()] == ["host:1"]
+    store.invalidate(TENANT)
+    until(lambda: store.verified_until > SYSTEM_CLOCK.monotonic() + BOUND_SECONDS * 0.9)
+    assert store.health().ok
+    server.command("DEL", rows, index)
+    server.command("XADD", rows, "*", "event", '{"cause": "of a later version"}')
+    store.report(told)
+    until(lambda: len(store.history()) == 1)
+    server.command("SET", report, "[1]")
+    assert [one.name for one in store.members()] == ["host:1"]
+    server.command("DEL", report)
+    assert store.members() == ()
+    assert store.health().ok
 
 
 def test_a_store_without_tenants_still_says_whether_redis_answers(proxy: RedisProxy) -> None:

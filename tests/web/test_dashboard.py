@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
 from html.parser import HTMLParser
 from pathlib import Path
 from time import monotonic, sleep
@@ -12,11 +15,13 @@ from werkzeug.test import TestResponse
 
 from external_oms.emulator import ConfigAPIEmulator, Fault
 from external_oms.stores.base import Cause, Event, Member
-from external_oms.web import dashboard
+from external_oms.web import create_app, dashboard
 from external_oms.web.api import REASON_LENGTH
 from external_oms.web.dashboard import PANELS, TIMELINE_ROWS
 from external_oms.web.fleet import KEEP_SECONDS
-from tests.web.conftest import TENANT, Server, StartServer, with_key
+from external_oms.web.parts import parts_of
+from external_oms.web.words import latency, span, title_of
+from tests.web.conftest import ENTRIES, SECRET, TENANT, Server, StartServer, with_key
 from tests.web.pages import form_token, open_browser, text_of
 
 RANK = {"stranger": -1, "nobody": -1, "viewer": 1, "operator": 2, "admin": 3}
@@ -263,7 +268,7 @@ def test_a_member_that_lags_is_seen_at_once_and_a_silent_one_too(
     said = text_of(server.client.get("/"))
     assert re.search(r"web-2:8 OFF 0 1[34] s lags behind", said)
     assert re.search(r"web-3:9 ON 1 \d s fresh", said)
-    assert "web-2:8 lags behind." in said
+    assert re.search(r"Lagging behind: [^.]*web-2:8", said)
     monkeypatch.setattr("external_oms.clock.SystemClock.monotonic", lambda _: real() + 40.0)
     assert "silent for 40 s" in text_of(server.client.get("/"))
 
@@ -303,37 +308,34 @@ def test_the_history_goes_on_over_pages(server: Server) -> None:
 # -- many tenants ------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def many() -> tuple[str, ...]:
-    return tuple(f"shop-{number:04d}" for number in range(1000))
-
-
-def test_a_thousand_tenants_are_a_line_each_and_the_page_stays_usable(
-    start: StartServer, many: tuple[str, ...]
-) -> None:
-    with ConfigAPIEmulator(many) as api:
-        server = start(*many, refresh="lazy", tenants=api.settings(*many).tenants, token_url=api.token_url)
-        open_browser(server.client, "viewer")
-        page = server.client.get("/")
-        began = monotonic()
-        page = server.client.get("/")
-        took = monotonic() - began
-        assert page.text.count("data-tenant=") == 1000
-        assert len(page.data) < 1_500_000
-        assert took < 2.0
-        began = monotonic()
-        parts = server.client.get("/?parts=1")
-        assert "data-tenant=" not in parts.text
-        assert len(parts.data) < 20_000
-        print(
-            f"\n1000 tenants: {took * 1000:.0f} ms, {len(page.data) / 1000:.0f} kB; {(monotonic() - began) * 1000:.0f} ms"
-        )
-
-
-def test_a_filter_works_without_scripts(start: StartServer) -> None:
-    names = [TENANT, "globex", *(f"shop-{number}" for number in range(PANELS))]
+@contextmanager
+def serving(*names: str) -> Iterator[Server]:
+    """A server of many tenants."""
     with ConfigAPIEmulator(names) as api:
-        server = start(*names, refresh="lazy", tenants=api.settings(*names).tenants, token_url=api.token_url)
+        app = create_app(api.settings(*names, refresh="lazy", api_keys=ENTRIES, webhook_secrets=[SECRET]))
+        parts = parts_of(app)
+        assert parts is not None
+        yield Server(app, app.test_client(), api, parts)
+        parts.provider.shutdown()
+
+
+def test_a_thousand_tenants_are_a_line_each_and_the_page_stays_usable() -> None:
+    with serving(*(f"shop-{number:04d}" for number in range(1000))) as server:
+        open_browser(server.client, "viewer")
+        took = []
+        for path in ("/", "/", "/?parts=1"):
+            began = monotonic()
+            page = server.client.get(path)
+            took.append(monotonic() - began)
+            assert page.text.count("data-tenant=") == (1000 if path == "/" else 0)
+            assert len(page.data) < (1_500_000 if path == "/" else 20_000)
+        print(f"\n1000 tenants: the page {took[1] * 1000:.0f} ms, what it asks for again {took[2] * 1000:.0f} ms")
+        assert max(took[1:]) < 2.0
+
+
+def test_a_filter_works_without_scripts() -> None:
+    names = [TENANT, "globex", *(f"shop-{number}" for number in range(PANELS))]
+    with serving(*names) as server:
         read(server, "shop-3")
         open_browser(server.client, "viewer")
 
@@ -564,10 +566,6 @@ def test_every_static_file_and_template_is_in_the_package() -> None:
 
 
 def test_the_rows_say_what_happened() -> None:
-    from datetime import UTC, datetime
-
-    from external_oms.web.words import latency, span, title_of
-
     at = datetime(2026, 1, 2, tzinfo=UTC)
     titles = {cause: title_of(Event(at, TENANT, cause, enabled=True)) for cause in Cause}
     assert titles[Cause.WRITE] == "switch ON"

@@ -84,7 +84,7 @@ def test_a_dead_api_shows_as_failures_back_off_and_a_stale_value(server: Server)
     read_once(server)
     server.api.fault(TENANT, Fault(status=503, times=None))
     assert server.deliver().status_code == 202
-    seen = scrape(server)
+    seen = until(server, lambda seen: ("unavailable",) in seen.values("reads_total", tenant=TENANT))
     assert seen.values("freshness", tenant=TENANT) == {("fresh",): 0, ("stale",): 1, ("expired",): 0}
     assert seen.value("fresh_remaining_seconds", tenant=TENANT) < 0
     assert seen.value("consecutive_failures", tenant=TENANT) == 1
@@ -130,11 +130,10 @@ def test_deliveries_count_by_what_came_of_them(server: Server) -> None:
     server.deliver(secret="whsec_" + "QUFB" * 8)
     server.deliver(b"{")
     server.deliver({"tenant": "nobody-we-know"})
-    seen = scrape(server)
+    seen = until(server, lambda seen: seen.value("reads_total", tenant=TENANT, result="ok") == 2)
     assert seen.values("deliveries_total", tenant=TENANT) == {("read",): 1, ("later",): 0, ("duplicate",): 1}
     refused = {("unauthorized",): 1, ("bad_request",): 1, ("tenant",): 1}
     assert seen.values("deliveries_total", tenant="") == refused
-    assert seen.value("reads_total", tenant=TENANT, result="ok") == 2
     assert seen.value("token_renewals_total", tenant=TENANT, result="ok") == 1
 
 
@@ -198,7 +197,13 @@ def test_a_read_that_waits_for_anothers_shows_once(start: StartServer, api: Conf
 def test_what_is_usual_stands_at_zero_from_the_start(start: StartServer) -> None:
     seen = scrape(start(TENANT, "globex", refresh="lazy"))
     for tenant in (TENANT, "globex"):
-        for name in ("reads_total", "deliveries_total", "evaluations_total", "lease_waits_total", "token_renewals_total"):
+        for name in (
+            "reads_total",
+            "deliveries_total",
+            "evaluations_total",
+            "lease_waits_total",
+            "token_renewals_total",
+        ):
             assert seen.value(name, tenant=tenant) == 0
         assert seen.value("invalidation_applied_seconds_count", tenant=tenant) == 0
 
@@ -288,9 +293,7 @@ PROMETHEUS = (
         ("text/plain; version=v", PLAIN),
     ],
 )
-def test_the_format_is_the_one_that_the_asker_would_rather_have(
-    server: Server, accept: str | None, kind: str
-) -> None:
+def test_the_format_is_the_one_that_the_asker_would_rather_have(server: Server, accept: str | None, kind: str) -> None:
     headers = with_key("viewer") | ({"Accept": accept} if accept is not None else {})
     answer = server.client.get("/metrics", headers=headers)
     assert (answer.status_code, answer.headers["Content-Type"]) == (200, kind)
@@ -327,7 +330,10 @@ def test_no_secret_and_nothing_that_a_caller_chose_stands_in_a_scrape(start: Sta
     read_once(server)
     server.deliver({"tenant": "a-tenant-of-the-sender"}, delivery_id="msg_of_the_sender")
     server.client.post(HOOK, json={}, headers={"Authorization": "Bearer a-key-of-the-sender"})
-    asked = {"headers": with_key("viewer") | {"User-Agent": "an-agent"}, "json": {"context": {"tenant": "of-the-asker"}}}
+    asked = {
+        "headers": with_key("viewer") | {"User-Agent": "an-agent"},
+        "json": {"context": {"tenant": "of-the-asker"}},
+    }
     server.client.post(FLAG, **asked)
     server.client.post(f"{FLAG}-of-the-asker", **asked)
     secret = server.parts.settings.client_secret
@@ -335,7 +341,9 @@ def test_no_secret_and_nothing_that_a_caller_chose_stands_in_a_scrape(start: Sta
     text = scrape(server).text
     hidden = [SECRET, SECRET.removeprefix("whsec_"), BEARER, secret.get_secret_value(), *KEYS.values(), *ENTRIES]
     hidden += [entry.rpartition(":")[2] for entry in ENTRIES] + ["the-viewer"]
-    assert not [word for word in (*hidden, "of-the-sender", "of_the_sender", "an-agent", "of-the-asker") if word in text]
+    assert not [
+        word for word in (*hidden, "of-the-sender", "of_the_sender", "an-agent", "of-the-asker") if word in text
+    ]
     assert 'evaluations_total{reason="' in text
 
 
@@ -371,9 +379,13 @@ def test_the_extension_counts_evaluations_where_metrics_are_mounted(api: ConfigA
     assert parts is not None
     client = openfeature.get_client()
     for _ in range(3):
-        client.get_boolean_value(FLAG_KEY, default_value=False, evaluation_context=EvaluationContext(None, {"tenant": TENANT}))
+        client.get_boolean_value(
+            FLAG_KEY, default_value=False, evaluation_context=EvaluationContext(None, {"tenant": TENANT})
+        )
     client.get_boolean_value(FLAG_KEY, default_value=False)
-    client.get_boolean_value(FLAG_KEY, default_value=False, evaluation_context=EvaluationContext(None, {"tenant": ["x"]}))
+    client.get_boolean_value(
+        FLAG_KEY, default_value=False, evaluation_context=EvaluationContext(None, {"tenant": ["x"]})
+    )
     client.get_string_value(FLAG_KEY, "", EvaluationContext(None, {"tenant": "globex"}))
     client.get_boolean_value("another_flag", default_value=False)
     seen = Scrape.of(app.test_client().get("/metrics").text)
@@ -443,7 +455,7 @@ def test_a_child_forked_while_others_count_and_scrape_counts_and_scrapes() -> No
 def test_a_child_does_not_tell_its_parents_last_lag(server: Server) -> None:
     read_once(server)
     server.deliver()
-    assert scrape(server).values("last_invalidation_applied_seconds")
+    until(server, lambda seen: bool(seen.values("last_invalidation_applied_seconds")))
     child = os.fork()
     if child == 0:
         os._exit(1 if scrape(server).values("last_invalidation_applied_seconds") else 0)
@@ -480,12 +492,11 @@ def test_a_scrape_of_shared_counts_says_what_one_of_our_own_says(start: StartSer
     assert metrics.are_shared()
     theirs = Counter("of_the_application", "Counts together with ours.", registry=None)
     theirs.inc()
-    seen = read_once(server)
+    read_once(server)
     server.deliver()
-    seen = scrape(server)
-    assert seen.value("reads_total", tenant=TENANT, result="ok") == 2
+    seen = until(server, lambda seen: seen.value("reads_total", tenant=TENANT, result="ok") == 2)
     assert seen.values("deliveries_total", tenant=TENANT) == {("read",): 1, ("later",): 0, ("duplicate",): 0}
-    assert seen.value("last_invalidation_applied_seconds", tenant=TENANT) > 0
+    assert until(server, lambda seen: bool(seen.values("last_invalidation_applied_seconds")))
     assert "of_the_application" not in seen.text
 
 

@@ -25,6 +25,7 @@ import hashlib
 import secrets
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from random import Random
 
 from external_oms.clock import SYSTEM_CLOCK, Clock
@@ -36,7 +37,7 @@ from external_oms.stores.redis_client import Client, connect
 from external_oms.stores.redis_exchange import Exchange, milliseconds
 from external_oms.stores.redis_follow import Follower, timeout_of
 from external_oms.stores.redis_ledger import Ledger
-from external_oms.stores.redis_link import Away, Link
+from external_oms.stores.redis_link import Away, Link, Refused
 from external_oms.stores.redis_mirror import Mirror, Verdict
 from external_oms.stores.redis_wire import Remote, Reply
 
@@ -312,8 +313,9 @@ class RedisStore:
 
     def _look(self) -> None:
         self._exchange.look()
-        self._ledger.send()
         self._mirror.verify()
+        with suppress(Refused):  # history waits; what is served does not rest on it
+            self._ledger.send()
 
     def after_fork(self) -> None:
         """Let go of the parent's sockets, locks and threads; the warm records stay, unverified once they are old."""

@@ -219,7 +219,7 @@ class Exchange:
         return seen
 
     def _stamps_apart(self, known: Mapping[str, Stamp]) -> dict[str, Stamp]:
-        """What a cluster holds of each tenant: its pipelines take no scripts, so every node is asked for its time apart."""
+        """What a cluster holds of each tenant: its pipelines take no scripts, so each node is asked the time apart."""
         keys = {tenant: self.key(tenant, "record") for tenant in known}
 
         def work(client: Client) -> object:

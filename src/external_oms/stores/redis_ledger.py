@@ -12,7 +12,7 @@ from external_oms.clock import Clock
 from external_oms.stores import redis_scripts as scripts
 from external_oms.stores.base import Event, Member
 from external_oms.stores.redis_exchange import milliseconds
-from external_oms.stores.redis_link import Away, Link
+from external_oms.stores.redis_link import Away, Link, Refused
 from external_oms.stores.redis_wire import (
     STRANGE,
     decode_index,
@@ -77,7 +77,7 @@ class Ledger:
             except IndexError:  # another thread sent it
                 return
             try:
-                self._link.run(scripts.APPEND, [self._rows], [*limits, text], probing=True)
+                self._link.run(scripts.APPEND, [self._rows], [*limits, text], probing=True, aside=True)
             except Away:
                 self._backlog.appendleft(text)
                 raise
@@ -88,16 +88,16 @@ class Ledger:
         start = "+" if before is None else f"({stream_id(before)}"
         count = limit if tenant is None else PAGE_ROWS
         while len(rows) < limit:
-            reply = self._link.run(scripts.HISTORY, [self._rows], [start, str(count)])
+            reply = self._link.run(scripts.HISTORY, [self._rows], [start, str(count)], aside=True)
             try:
                 page = decode_rows(reply)
             except STRANGE as error:
-                self._link.fail(error)
-                raise Away from error
-            rows += [event for event in page if tenant is None or event.tenant == tenant]
+                raise Refused from error
+            rows += [event for _, event in page if event is not None and tenant in {None, event.tenant}]
             if len(page) < count:
                 break
-            start = f"({stream_id(page[-1].id)}"
+            last, _ = page[-1]
+            start = f"({stream_id(last)}"
         # the stream is trimmed by whole blocks and by the server's clock: the last rows may be too old by ours
         oldest = datetime.fromtimestamp(self._clock.wall() - self._history_seconds, UTC)
         return tuple(event for event in rows[:limit] if event.at >= oldest)
@@ -107,15 +107,16 @@ class Ledger:
         by_name = attrgetter("name")
         for name, rows in groupby(sorted(members, key=by_name), key=by_name):
             keys = [f"{self._members}:index", f"{self._members}:{name}"]
-            self._link.run(scripts.REPORT, keys, [name, encode_members(tuple(rows)), milliseconds(REPORT_SECONDS)])
+            told = [name, encode_members(tuple(rows)), milliseconds(REPORT_SECONDS)]
+            self._link.run(scripts.REPORT, keys, told, aside=True)
 
     def members(self) -> list[Member]:
         """What every living member serves: two round trips; raises `Away`."""
-        reply = self._link.run(scripts.MEMBERS, [f"{self._members}:index"], [milliseconds(REPORT_SECONDS)])
+        reply = self._link.run(scripts.MEMBERS, [f"{self._members}:index"], [milliseconds(REPORT_SECONDS)], aside=True)
         try:
             seen = decode_index(reply)
             keys = [f"{self._members}:{name}" for name in seen]
-            texts = self._link.call(lambda client: client.mget(keys)) if keys else []
+            texts = self._link.call(lambda client: client.mget(keys), aside=True) if keys else []
             return [
                 member
                 for seconds, text in zip(seen.values(), texts or (), strict=True)
@@ -123,5 +124,4 @@ class Ledger:
                 for member in decode_members(text, seen_seconds=seconds)
             ]
         except STRANGE as error:
-            self._link.fail(error)
-            raise Away from error
+            raise Refused from error

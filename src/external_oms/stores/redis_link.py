@@ -15,6 +15,7 @@ from redis.exceptions import (
     OutOfMemoryError,
     ReadOnlyError,
     RedisError,
+    ResponseError,
 )
 
 from external_oms.clock import Clock
@@ -23,7 +24,7 @@ from external_oms.stores.redis_client import FAILURES, Client
 from external_oms.stores.redis_scripts import Script
 from external_oms.stores.redis_wire import Reply
 
-__all__ = ["Away", "Link", "plain"]
+__all__ = ["Away", "Link", "Refused", "plain"]
 
 logger = logging.getLogger("external_oms")
 
@@ -41,6 +42,10 @@ _COMPLAINTS: tuple[tuple[type[RedisError], str], ...] = (
 
 class Away(Exception):
     """Redis cannot be asked now; never leaves the Redis store, which then works alone."""
+
+
+class Refused(Away):
+    """Redis answered this question with an error; others it may answer."""
 
 
 class Link:
@@ -90,12 +95,13 @@ class Link:
                 client = self._client = self._client or made
         return client
 
-    def call(self, work: Callable[[Client], object], *, probing: bool = False) -> Reply:
+    def call(self, work: Callable[[Client], object], *, probing: bool = False, aside: bool = False) -> Reply:
         """Ask Redis something.
 
         Args:
             work: What to ask, given the client.
             probing: Whether to ask although the link is down.
+            aside: Whether nothing that is served rests on the answer, so that an error in it is no reason to go down.
 
         Raises:
             Away: Redis cannot be asked, or did not answer as it should.
@@ -105,6 +111,8 @@ class Link:
         try:
             return plain(work(self.client()))
         except FAILURES as error:
+            if aside and isinstance(error, ResponseError):
+                raise Refused from error
             self.fail(error)
             raise Away from error
 
@@ -126,7 +134,9 @@ class Link:
         except FAILURES:  # the slot is not served now: the call that follows says so
             return ""
 
-    def run(self, script: Script, keys: Sequence[str], args: Sequence[str], *, probing: bool = False) -> Reply:
+    def run(
+        self, script: Script, keys: Sequence[str], args: Sequence[str], *, probing: bool = False, aside: bool = False
+    ) -> Reply:
         """Run a script; raises `Away` like `call`."""
 
         def work(client: Client) -> object:
@@ -135,7 +145,7 @@ class Link:
             except NoScriptError:  # the server is new, or was restarted
                 return client.eval(script.text, len(keys), *keys, *args)
 
-        return self.call(work, probing=probing)
+        return self.call(work, probing=probing, aside=aside)
 
     def run_all(self, script: Script, calls: Sequence[tuple[Sequence[str], Sequence[str]]]) -> list[Reply]:
         """Run a script for several keys and arguments, in one round trip where there is one server.
@@ -203,7 +213,7 @@ def _complaint(error: Exception) -> str:
             return complaint
     if isinstance(error, (redis.ConnectionError, redis.TimeoutError, OSError)):
         return "does not answer; check that it runs and can be reached as the setting `store` says"
-    if isinstance(error, FAILURES):
+    if isinstance(error, FAILURES) and not isinstance(error, ValueError):
         return f"answers with an error ({type(error).__name__}); see its log"
     return "holds something under this prefix that is not ours; choose another `store_prefix`"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -38,6 +38,9 @@ MICROSECONDS = 1_000_000
 
 ROWS_PER_MILLISECOND = 1000
 """Rows of history that one millisecond may hold and still have ids of their own: Redis adds about 200 in one."""
+
+_EVENT_FIELDS = tuple(field.name for field in fields(Event))
+_MEMBER_FIELDS = tuple(field.name for field in fields(Member))
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
@@ -321,18 +324,32 @@ def encode_event(event: Event) -> str:
     return json.dumps(said)
 
 
-def decode_rows(reply: Reply) -> list[Event]:
-    """Rows of history as the stream gives them, with their ids; raises `STRANGE`."""
+def decode_rows(reply: Reply) -> list[tuple[int, Event | None]]:
+    """Rows of history by their numbers, as the stream gives them.
+
+    A row that cannot be read is None: a later version of this package, beside this one in the fleet for the time of an
+    upgrade, may have causes that this one does not know.
+
+    Raises:
+        ValueError: These are no rows.
+    """
     rows = []
     for row in reply or ():
         match row:
             case [str(stream), [_, str(text)]]:
-                said: Json = json.loads(text)
-                said["at"], said["cause"] = _moment(said["at"]), Cause(said["cause"])
-                rows.append(Event(**said, id=row_id(stream)))
+                rows.append((row_id(stream), _event(text, row=row_id(stream))))
             case _:
                 raise ValueError("a row of another shape")
     return rows
+
+
+def _event(text: str, *, row: int) -> Event | None:
+    try:
+        said: Json = json.loads(text)
+        known = {name: said[name] for name in _EVENT_FIELDS if name in said}
+        return Event(**known | {"at": _moment(said["at"]), "cause": Cause(said["cause"]), "id": row})
+    except STRANGE:
+        return None
 
 
 def row_id(stream: str) -> int:
@@ -364,4 +381,6 @@ def decode_index(reply: Reply) -> dict[str, float]:
 def decode_members(text: Reply, *, seen_seconds: float) -> list[Member]:
     """What a process reported so many seconds ago; raises `STRANGE`."""
     said: Json = json.loads(_text(text))
-    return [replace(Member(**member), seen_seconds=seen_seconds) for member in said]
+    return [
+        Member(**{name: member[name] for name in _MEMBER_FIELDS} | {"seen_seconds": seen_seconds}) for member in said
+    ]

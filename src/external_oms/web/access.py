@@ -189,7 +189,7 @@ def _parsed(number: int, entry: str) -> tuple[bytes, Identity]:
 
 def bearer_of(asked: Request) -> str | None:
     """The token after `Authorization: Bearer`, or None."""
-    scheme, _, token = asked.headers.get("Authorization", "").partition(" ")
+    scheme, _, token = str(asked.environ.get("HTTP_AUTHORIZATION", "")).partition(" ")
     return token.strip() if scheme.lower() == "bearer" and token.strip() else None
 
 
@@ -222,7 +222,8 @@ class Access:
         """Who asks, or None. A key that is shown decides alone: a wrong one is never made good by a cookie."""
         if self._is_open:
             return Identity("insecure", Role.ADMIN, Via.NOTHING)
-        key = bearer_of(asked) or asked.headers.get("X-API-Key")
+        # from the environ: a header that is missing costs a microsecond there, and an exception in `headers`
+        key = bearer_of(asked) or asked.environ.get("HTTP_X_API_KEY")
         if key is not None:
             return self.keyring.identity(key)
         for source in self._sources:

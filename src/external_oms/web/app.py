@@ -152,9 +152,13 @@ def mount(
 
 
 def _sealed(answer: Response) -> Response:
-    answer.headers.setdefault("X-Content-Type-Options", "nosniff")
-    answer.headers.setdefault("Cache-Control", "no-store")
+    for name, value in _SEALS:
+        if name not in answer.headers:
+            answer.headers.add(name, value)
     return answer
+
+
+_SEALS = (("X-Content-Type-Options", "nosniff"), ("Cache-Control", "no-store"))
 
 
 class _Csrf(Protocol):

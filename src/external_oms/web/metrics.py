@@ -137,15 +137,8 @@ class _Counts:
 
 @cache
 def _shared() -> _Counts:
-    """The one set of counts of a process that shares them: two would write over each other in its file.
-
-    Raises:
-        SettingsError: The directory cannot be written to.
-    """
-    try:
-        return _Counts(None)
-    except OSError as error:
-        raise SettingsError(DIRECTORY_VARIABLE, "must name a directory that every worker may write to") from error
+    """The one set of counts of a process that shares them: two would write over each other in its file."""
+    return _Counts(None)
 
 
 def are_shared() -> bool:
@@ -182,6 +175,9 @@ class Meters(Collector):
 
     Args:
         service: What is looked at.
+
+    Raises:
+        SettingsError: The directory of shared counts cannot be written to.
     """
 
     def __init__(self, service: Service) -> None:
@@ -192,9 +188,12 @@ class Meters(Collector):
         self._applied: dict[str, int] = {}
         self._registry = None if are_shared() else CollectorRegistry()
         self.counts = _shared() if self._registry is None else _Counts(self._registry)
-        with _counting:
-            for tenant in service.cache.tenants:
-                self.counts.begin(tenant)
+        try:
+            with _counting:
+                for tenant in service.cache.tenants:
+                    self.counts.begin(tenant)
+        except OSError as error:
+            raise SettingsError(DIRECTORY_VARIABLE, "must name a directory that every worker may write to") from error
         _alive.add(self)
 
     def listen(self, parts: Parts | None = None) -> None:
@@ -269,6 +268,11 @@ class Meters(Collector):
             self.counts.lag_seconds.labels(tenant).observe(lag_seconds)
             self.counts.last_lag_seconds.labels(tenant, member_name()).set(lag_seconds)
 
+    def after_fork(self) -> None:
+        """In a forked child: the last lag is the parent's, who tells it; shared, the child has a file of its own."""
+        if self._registry is not None:
+            self.counts.last_lag_seconds.clear()
+
     # -- telling ----------------------------------------------------------------------------------------------------
 
     def collect(self) -> Iterable[Metric]:
@@ -325,7 +329,7 @@ _heard: weakref.WeakSet[Cache] = weakref.WeakSet()
 
 def _after_fork_in_child() -> None:
     for meters in tuple(_alive):
-        meters.counts.last_lag_seconds.clear()  # of the parent, which tells it itself
+        meters.after_fork()
     _counting.release()
 
 

@@ -169,8 +169,8 @@ def summarised(views: Sequence[TenantView], members: Sequence[MemberView], healt
     parts = [
         f"no value may be served for {_named(expired, 'tenants')}" if expired else "",
         f"reads fail for {_named(failing, 'tenants')}, the last value serves" if failing else "",
-        f"{_named(behind, 'processes')} {'lags' if len(behind) == 1 else 'lag'} behind" if behind else "",
-        f"{_named(silent, 'processes')} {'reports' if len(silent) == 1 else 'report'} no more" if silent else "",
+        f"lagging behind: {_named(behind, 'processes')}" if behind else "",
+        f"no report from {_named(silent, 'processes')}" if silent else "",
         "" if health.ok else health.problem,
     ]
     trouble = "; ".join(part for part in parts if part)

@@ -1,0 +1,261 @@
+"""What people see: the flip within a second, the switch with its reason, and nothing for who may not."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+from playwright.sync_api import Locator, Page, expect
+
+from external_oms.emulator import Fault
+from external_oms.testing import sign_delivery
+from tests.browser.conftest import PHONE, Visit, Visits
+from tests.web.conftest import HOOK, SECRET, TENANT
+from tests.web.served import Served
+
+SOON_MS = 1_000
+PATIENCE_MS = 10_000
+
+
+def panel(page: Page, tenant: str = TENANT) -> Locator:
+    return page.locator(f'[data-tenant="{tenant}"]')
+
+
+def word(page: Page, tenant: str = TENANT) -> Locator:
+    return panel(page, tenant).locator('[data-field="word"]')
+
+
+def deliver(server: Served, tenant: str, delivery_id: str) -> dict[str, object]:
+    body = f'{{"tenant": "{tenant}"}}'.encode()
+    return server.post(HOOK, body, sign_delivery(body, SECRET, delivery_id=delivery_id))[1]
+
+
+def flip(server: Served, enabled: bool, delivery_id: str, tenant: str = TENANT) -> None:
+    server.api.set_enabled(tenant, enabled)
+    assert deliver(server, tenant, delivery_id)["enabled"] is enabled
+
+
+# -- live --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_flip_with_a_delivery_shows_within_a_second_without_a_reload(visit: Visits, server: Served) -> None:
+    flip(server, False, "flip_0")
+    one = visit()
+    one.live("viewer")
+    expect(word(one.page, "globex")).to_have_text(re.compile("ON|OFF"))
+    expect(word(one.page)).to_have_text("OFF")
+    one.page.evaluate("window.untouched = true")
+    for number, enabled in enumerate((True, False, True), start=1):
+        flip(server, enabled, f"flip_{number}")
+        expect(word(one.page)).to_have_text("ON" if enabled else "OFF", timeout=SOON_MS)
+        expect(one.page.locator("#said")).to_contain_text(f"{TENANT} is {'ON' if enabled else 'OFF'} now")
+    expect(one.page.get_by_text("flip_3")).to_be_visible(timeout=PATIENCE_MS)
+    expect(panel(one.page)).to_contain_text("read again")
+    assert one.page.evaluate("window.untouched") is True
+
+
+def test_every_worker_is_a_member_and_follows(visit: Visits, server: Served) -> None:
+    one = visit()
+    one.live("viewer")
+    flip(server, True, "member_0")
+    flip(server, False, "member_1")
+    for pid in server.workers():
+        row = panel(one.page).get_by_role("row", name=re.compile(rf":{pid}\b"))
+        expect(row).to_contain_text("OFF", timeout=15_000)
+        expect(row).not_to_contain_text("lags")
+    expect(panel(one.page).locator("caption")).to_contain_text("all agree")
+
+
+def test_time_alone_counts_down(visit: Visits, server: Served) -> None:
+    one = visit()
+    one.live("viewer", f"/tenants/{TENANT}")
+    freshness = panel(one.page).locator('[data-field="freshness"]')
+    expect(freshness).to_have_text(re.compile(r"^Fresh for another \d+ s$"), timeout=PATIENCE_MS)
+    before = freshness.text_content()
+    expect(freshness).not_to_have_text(before or "", timeout=3_000)
+
+
+def test_a_dead_api_shows_why_and_recovers(visit: Visits, server: Served) -> None:
+    one = visit()
+    one.live("viewer")
+    server.api.fault("globex", Fault(status=503, times=None))
+    try:
+        deliver(server, "globex", "dead_1")
+        error = panel(one.page, "globex").locator('[data-field="error"]')
+        expect(error).to_contain_text("answered 503", timeout=SOON_MS)
+        expect(one.page.locator(".summary")).to_contain_text("Reads fail for globex", timeout=PATIENCE_MS)
+        expect(panel(one.page, "globex").locator('[data-field="retry"]')).to_have_text(re.compile(r"in \d+ s|when"))
+    finally:
+        server.api.clear("globex")
+    deliver(server, "globex", "dead_2")
+    expect(error).to_be_hidden(timeout=PATIENCE_MS)
+    expect(one.page.locator(".summary")).not_to_contain_text("Reads fail", timeout=PATIENCE_MS)
+
+
+def test_a_session_that_has_ended_is_said(visit: Visits, server: Served) -> None:
+    one = visit()
+    one.live("viewer")
+    one.page.context.clear_cookies()
+    flip(server, True, "ended_1")
+    expect(one.page.get_by_role("link", name="The login has ended: log in again")).to_be_visible(timeout=PATIENCE_MS)
+
+
+def test_a_page_that_nobody_sees_holds_no_stream(visit: Visits, server: Served) -> None:
+    one = visit()
+    one.live("viewer")
+    hide = """hidden => {
+        Object.defineProperty(document, 'hidden', { value: hidden, configurable: true });
+        document.dispatchEvent(new Event('visibilitychange'));
+    }"""
+    one.page.evaluate(hide, True)
+    flip(server, False, "hidden_1")
+    flip(server, True, "hidden_2")
+    with one.page.expect_response(lambda answer: "/api/v1/events" in answer.url):
+        one.page.evaluate(hide, False)
+    expect(word(one.page)).to_have_text("ON", timeout=SOON_MS)
+
+
+# -- switching ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scripts", [True, False], ids=["with scripts", "without scripts"])
+def test_a_switch_asks_for_a_reason_and_reaches_the_api(visit: Visits, server: Served, scripts: bool) -> None:
+    flip(server, False, f"switch_{scripts}", "globex")
+    one = visit(java_script_enabled=scripts)
+    one.login("admin")
+    page = one.page
+    expect(word(page, "globex")).to_have_text("OFF")
+    page.get_by_role("link", name="Switch ON… globex").click()
+    expect(page.get_by_role("heading", name="Switch globex ON?")).to_be_visible()
+    expect(page.locator(".change")).to_contain_text("OFF")
+    button = page.get_by_role("button", name="Switch globex ON")
+    button.click()
+    assert server.api.enabled("globex") is False, "the browser asks for the reason first"
+    page.get_by_label("Why?").fill("partner is back, OPS-7")
+    button.click()
+    expect(page.locator(".note.good")).to_contain_text("globex is ON: written, and read back", timeout=PATIENCE_MS)
+    assert server.api.enabled("globex") is True
+    expect(page.get_by_text("reason: partner is back, OPS-7").first).to_be_visible(timeout=PATIENCE_MS)
+    expect(page.locator(".timeline")).to_contain_text("the-admin")
+    page.reload()
+    assert server.api.enabled("globex") is True, "a reload writes nothing again"
+
+
+@pytest.mark.parametrize(("role", "may_read"), [("viewer", False), ("operator", True)])
+def test_who_may_not_switch_has_no_switch(visit: Visits, server: Served, role: str, may_read: bool) -> None:
+    one = visit()
+    one.live(role)
+    expect(one.page.get_by_role("link", name=re.compile("Switch"))).to_have_count(0)
+    expect(one.page.get_by_role("button", name=re.compile("Read now"))).to_have_count(2 if may_read else 0)
+    one.page.goto(f"{server.url}/tenants/{TENANT}/switch?to=on")
+    expect(one.page.get_by_role("alert")).to_contain_text("This needs the role admin")
+    one.complaints.clear()  # the browser tells of the 403
+
+
+def test_a_wrong_key_gets_in_nowhere(visit: Visits, server: Served) -> None:
+    one = visit()
+    one.login("", key="oms_wrong")
+    expect(one.page.get_by_role("alert")).to_have_text("This key is not known here.")
+    one.page.goto(f"{server.url}/tenants/{TENANT}")
+    expect(one.page).to_have_url(re.compile(r"/login\?tenant="))
+    expect(one.page.get_by_label("Key")).to_be_focused()
+
+
+def test_logging_out_ends_it(visit: Visits, server: Served) -> None:
+    one = visit()
+    one.live("viewer")
+    one.page.get_by_role("button", name="Log out").click()
+    expect(one.page).to_have_url(re.compile("/login"))
+    one.page.goto(server.url)
+    expect(one.page).to_have_url(re.compile("/login"))
+
+
+# -- for everybody -----------------------------------------------------------------------------------------------------
+
+
+def test_without_scripts_the_page_reads(visit: Visits, server: Served) -> None:
+    one = visit(java_script_enabled=False)
+    one.login("viewer")
+    expect(word(one.page)).to_have_text(re.compile("ON|OFF"))
+    expect(panel(one.page)).to_contain_text("Changed upstream")
+    expect(one.page.get_by_text("this page stands still")).to_be_visible()
+    one.page.get_by_role("link", name="look again").click()
+    expect(word(one.page)).to_have_text(re.compile("ON|OFF"))
+
+
+def test_the_script_and_the_server_put_it_in_the_same_words(visit: Visits, server: Served) -> None:
+    flip(server, True, "words_1")
+    plain, live = visit(java_script_enabled=False), visit()
+    plain.login("viewer")
+    live.live("viewer")
+    expect(word(live.page)).to_have_text("ON")
+    live.page.wait_for_timeout(1_100)  # the script has written every field anew
+    for name in ("meaning", "source", "generation", "retry"):
+        field = f'[data-field="{name}"]'
+        assert panel(plain.page).locator(field).text_content() == panel(live.page).locator(field).text_content()
+    shape = re.compile(r"\d+")
+    for name in ("age", "freshness"):
+        field = f'[data-field="{name}"]'
+        texts = [panel(one.page).locator(field).text_content() or "" for one in (plain, live)]
+        assert len({shape.sub("#", text) for text in texts}) == 1
+
+
+def test_the_keyboard_alone_will_do(visit: Visits, server: Served) -> None:
+    one = visit()
+    one.live("admin")
+    page = one.page
+    page.keyboard.press("Tab")
+    expect(page.get_by_role("link", name="Skip to the content")).to_be_focused()
+    page.keyboard.press("Enter")
+    page.keyboard.press("Tab")
+    expect(page.get_by_role("link", name=TENANT).first).to_be_focused()
+    page.keyboard.press("Tab")
+    expect(page.get_by_role("link", name=re.compile("Switch"))).to_have_count(2)
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("heading", name=re.compile(f"Switch {TENANT}"))).to_be_visible()
+
+
+VIEWS: dict[str, dict[str, Any]] = {
+    "light": {"color_scheme": "light"},
+    "dark": {"color_scheme": "dark"},
+    "phone": PHONE,
+    "dark phone": {**PHONE, "color_scheme": "dark"},
+}
+
+
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("path", ["/login", "/", f"/tenants/{TENANT}", f"/tenants/{TENANT}/switch", "/tenants/nobody"])
+def test_nothing_keeps_anybody_out(visit: Visits, server: Served, axe: str, view: str, path: str) -> None:
+    one = visit(**VIEWS[view], bypass_csp=True)  # the inspector is a foreign script
+    if path != "/login":
+        one.live("admin")
+    one.page.goto(f"{server.url}{path}")
+    assert serious(one, axe) == []
+    if "phone" in view:
+        assert one.page.evaluate("document.documentElement.scrollWidth") <= 390
+    one.complaints.clear()  # the 404 that was asked for
+
+
+def test_nothing_keeps_anybody_out_while_reads_fail(visit: Visits, server: Served, axe: str) -> None:
+    server.api.fault("globex", Fault(status=503, times=None))
+    try:
+        deliver(server, "globex", "axe_dead")
+        for view in VIEWS.values():
+            one = visit(**view, bypass_csp=True)
+            one.live("admin")
+            expect(one.page.locator(".summary.warn")).to_be_visible(timeout=PATIENCE_MS)
+            assert serious(one, axe) == []
+    finally:
+        server.api.clear("globex")
+
+
+def serious(one: Visit, axe: str) -> list[str]:
+    """What axe finds that is serious or worse."""
+    one.page.evaluate(axe)
+    found = one.page.evaluate("axe.run(document, { resultTypes: ['violations'] })")
+    return [
+        f"{rule['id']}: {[node['html'][:120] for node in rule['nodes']]}"
+        for rule in found["violations"]
+        if rule["impact"] in {"serious", "critical"}
+    ]
