@@ -1,4 +1,4 @@
-"""Dashboard, rules and page speak of the metrics that a scrape has, by the labels that it has, all of them and no other."""
+"""Dashboard, rules and page speak of the metrics and labels that a scrape has, of all of them and of no other."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from time import monotonic, sleep
 from typing import Any
 
 import pytest
@@ -34,7 +35,11 @@ def scraped() -> Scrape:
             assert parts.service.cache.refresh(TENANT).record.snapshot is not None
             assert client.post("/webhooks/external-oms", json={}).status_code == 200
             parts.service.reporter._report()
-            return Scrape.of(client.get("/metrics").text)
+            until = monotonic() + 10
+            while "last_invalidation_applied_seconds{" not in (text := client.get("/metrics").text):
+                assert monotonic() < until, text
+                sleep(0.01)
+            return Scrape.of(text)
         finally:
             parts.provider.shutdown()
 
@@ -73,7 +78,7 @@ def labels_in(expression: str) -> set[str]:
     return selected | {label.strip() for inner in grouped for label in inner.split(",") if label.strip()}
 
 
-@pytest.mark.parametrize("expression", expressions())
+@pytest.mark.parametrize("expression", list(expressions()))
 def test_every_expression_asks_for_metrics_and_labels_that_there_are(expression: str, scraped: Scrape) -> None:
     described = scraped.described()
     named = {metric_of(name) for name in NAME.findall(expression)}
@@ -84,7 +89,7 @@ def test_every_expression_asks_for_metrics_and_labels_that_there_are(expression:
     assert expression.count("(") == expression.count(")")
 
 
-@pytest.mark.parametrize("expression", expressions())
+@pytest.mark.parametrize("expression", list(expressions()))
 def test_a_counter_is_asked_for_its_rate_and_a_histogram_for_its_buckets(expression: str, scraped: Scrape) -> None:
     for name in NAME.findall(expression):
         kind, _ = scraped.described()[metric_of(name)]

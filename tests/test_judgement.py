@@ -30,6 +30,7 @@ from external_oms.judgement import (
     is_metered,
     judge,
     last_number,
+    parting_seconds,
     snapshot_after,
     stale_at,
     state_of,
@@ -565,6 +566,37 @@ def test_a_value_is_read_again_a_little_before_it_grows_stale(random: float, whe
 )
 def test_what_is_missing_failed_or_invalidated_is_due_as_soon_as_it_may_be(record: Record, when: float) -> None:
     assert due_at(record, now=READ_AT + 5.0, random=0.0) == READ_AT + when
+
+
+@pytest.mark.parametrize(
+    ("foreign", "lifetime_seconds", "spread_seconds", "spreads"),
+    [(True, 1.0, 2.0, True), (False, 1.0, 2.0, False), (True, 30.0, 2.0, False), (True, 1.0, 0.0, False)],
+)
+def test_a_short_lived_value_that_another_process_read_is_read_again_by_few_and_after_its_end(
+    foreign: bool, lifetime_seconds: float, spread_seconds: float, spreads: bool
+) -> None:
+    record = Record(reads=1, snapshot=snapshot(lifetime_seconds=lifetime_seconds), foreign=foreign)
+    ends = READ_AT + lifetime_seconds
+    for random in (0.0, 0.3, 0.9):
+        when = due_at(record, now=READ_AT, random=random, spread_seconds=spread_seconds)
+        assert ends <= when <= ends + spread_seconds if spreads else when < ends
+
+
+@pytest.mark.parametrize(
+    ("record", "most"),
+    [
+        (Record(reads=1, snapshot=snapshot(), foreign=True), 20.0),  # as long as it may be served as stale
+        (Record(reads=1, snapshot=snapshot(lifetime_seconds=8.0), foreign=True), 8.0),
+        (Record(reads=1, snapshot=snapshot(), foreign=False), 0.0),
+        (Record(1, READ_AT, 1, snapshot(), foreign=True), 0.0),
+        (Record(foreign=True), 0.0),
+    ],
+)
+def test_who_parts_from_a_store_that_is_away_waits_no_longer_than_the_value_may_be_served(
+    record: Record, most: float
+) -> None:
+    assert parting_seconds(record, random=0.0, windows=WINDOWS) == 0.0
+    assert parting_seconds(record, random=0.5, windows=WINDOWS) == most / 2
 
 
 def test_the_state_of_a_value_says_everything_about_it() -> None:

@@ -66,8 +66,9 @@ def _json(text: str, otherwise: str) -> object:
 Listed = BeforeValidator(listed)
 Secrets = Annotated[tuple[SecretStr, ...], NoDecode, Listed]
 Texts = Annotated[tuple[str, ...], NoDecode, Listed]
-Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-SecondsOrNone = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+# thirty years at the most: the system cannot wait for three hundred
+Seconds = Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)]
+SecondsOrNone = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
 
 
 class _TomlFile(PydanticBaseSettingsSource):

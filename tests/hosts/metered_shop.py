@@ -1,4 +1,4 @@
-"""A user's own Flask app with the extension and its metrics, beside metrics of its own: what gunicorn runs in a test."""
+"""A user's own Flask app with the extension and its metrics, beside a metric of its own: what gunicorn runs."""
 
 from __future__ import annotations
 

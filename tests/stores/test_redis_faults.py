@@ -503,9 +503,9 @@ def test_a_record_that_no_member_wrote_is_not_believed_and_the_member_works_alon
 
 
 def test_history_or_members_that_cannot_be_used_take_nothing_else_along(
-    server: RedisServer, member: MakeMember
+    server: RedisServer, proxy: RedisProxy, member: MakeMember
 ) -> None:
-    store = member(server.url)
+    store = member(proxy.url)
     rows, index, report = (
         f"{store.prefix}:{name}" for name in ("{_history}:rows", "{_members}:index", "{_members}:host:1")
     )
@@ -519,6 +519,11 @@ def test_history_or_members_that_cannot_be_used_take_nothing_else_along(
     store.invalidate(TENANT)
     until(lambda: store.verified_until > SYSTEM_CLOCK.monotonic() + BOUND_SECONDS * 0.9)
     assert store.health().ok
+    proxy.swallows = True
+    store.invalidate(TENANT)
+    assert not store.health().ok
+    proxy.swallows = False
+    until(lambda: store.health().ok)
     server.command("DEL", rows, index)
     server.command("XADD", rows, "*", "event", '{"cause": "of a later version"}')
     store.report(told)

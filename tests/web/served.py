@@ -54,7 +54,7 @@ class Served:
 
     def evaluate(self) -> tuple[int, dict[str, object]]:
         headers = {"X-API-Key": KEYS["viewer"], "Content-Type": "application/json"}
-        return self.post(FLAG_PATH, b'{"context": {}}', headers)
+        return self.post(FLAG_PATH, json.dumps({"context": {"tenant": self.api.tenants[0]}}).encode(), headers)
 
     def flip(self, enabled: bool) -> float:
         """Change the value upstream and deliver; the moment of the delivery's answer, seconds since the epoch."""

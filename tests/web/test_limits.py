@@ -49,6 +49,20 @@ def test_what_exceeds_the_number_is_refused_for_who_exceeds_it_alone() -> None:
     limits.take("refresh", "ann", per_minute=3)
 
 
+def test_what_one_process_counts_begins_anew_with_each_minute_and_knows_names_apart() -> None:
+    wall = 1_780_000_020.0 + 12.5  # the minute began 32.5 s ago
+    limits = Limits(settings(), wall=lambda: wall)
+    for _ in range(3):
+        limits.take_here("evaluate", "ann", per_minute=3)
+    with pytest.raises(Problem) as refused:
+        limits.take_here("evaluate", "ann", per_minute=3)
+    assert (refused.value.status, refused.value.answer.headers["Retry-After"]) == (429, "28")
+    limits.take_here("evaluate", "bob", per_minute=3)
+    limits.take_here("other", "ann", per_minute=3)
+    wall += 28
+    limits.take_here("evaluate", "ann", per_minute=3)
+
+
 def test_each_app_counts_for_itself() -> None:
     assert [allowed(Limits(settings()), 5) for _ in range(2)] == [3, 3]
 

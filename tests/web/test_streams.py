@@ -36,6 +36,7 @@ def change(server: Server, kind: ChangeKind, tenant: str = TENANT) -> Change:
     [
         (Message("state", "{}"), b"event: state\ndata: {}\n\n"),
         (Message("message", "two\nlines", id="7"), b"id: 7\nevent: message\ndata: two\ndata: lines\n\n"),
+        (Message("", "", id="7"), b"id: 7\n\n"),
         (Message("e", "\u00e9"), b"event: e\ndata: \xc3\xa9\n\n"),
     ],
 )
@@ -86,6 +87,13 @@ def test_there_are_no_more_streams_than_allowed_and_an_ended_one_makes_room(hub:
     streams[0].end()
     assert len(hub) == 1
     hub.open()
+
+
+def test_a_closed_hub_opens_no_more_streams(hub: Hub) -> None:
+    hub.close()
+    with pytest.raises(Problem) as refused:
+        hub.open()
+    assert (refused.value.status, refused.value.answer.headers["Retry-After"]) == (503, "1")
 
 
 def test_a_closed_hub_hears_nothing_more(server: Server, hub: Hub) -> None:

@@ -274,6 +274,7 @@ if (new URL(location.href).searchParams.has("note")) {
   history.replaceState(null, "", address);
 }
 
+document.getElementById("still").hidden = true;
 setInterval(tick, 1_000);
 open();
 askParts(PARTS_EVERY);
