@@ -35,7 +35,13 @@ def api() -> Iterator[ConfigAPIEmulator]:
 
 
 def _of(
-    api: ConfigAPIEmulator | str, clock: Clock, *, tenant: str = "acme", timeout_seconds: float = 5, scope: str = ""
+    api: ConfigAPIEmulator | str,
+    clock: Clock,
+    *,
+    tenant: str = "acme",
+    timeout_seconds: float = 5,
+    scope: str = "",
+    obtained: Callable[[ReadError | None], None] = lambda _: None,
 ) -> ClientCredentials:
     """The source of a tenant's tokens at the emulator, or at an address."""
     endpoint, client_id, secret = str(api), "acme-client", SecretStr(SECRET)
@@ -54,6 +60,7 @@ def _of(
         clock=clock,
         timeout_seconds=timeout_seconds,
         retry_after_max_seconds=300,
+        obtained=obtained,
     )
 
 
@@ -82,6 +89,19 @@ def test_a_token_is_obtained_once_and_used_until_shortly_before_its_end(
     clock.advance(0.2)
     assert source.token() != first
     assert api.tokens_issued("acme") == 2
+
+
+def test_every_try_to_obtain_a_token_is_told_with_its_failure_once_for_all_who_wait(
+    api: ConfigAPIEmulator, clock: FakeClock
+) -> None:
+    told: list[ReadError | None] = []
+    source = _of(api, clock, obtained=told.append)
+    api.fault("acme", Fault(status=500, where="token"))
+    with pytest.raises(Unavailable):
+        source.token()
+    source.token()
+    source.token()
+    assert [type(error) for error in told] == [Unavailable, type(None)]
 
 
 @pytest.mark.parametrize(("life", "margin"), [(1, 0.5), (8, 4), (20, 5), (50, 5), (100, 10), (600, 60), (86_400, 60)])

@@ -317,3 +317,18 @@ def test_a_job_submitted_is_the_flight_itself(airport: Airport) -> None:
     assert flight.done.result(0) is None
     assert airport.landed == [TENANT]
     assert [end.lease.number for end in airport.ended] == [1]
+
+
+def test_a_flight_that_finds_the_lease_taken_says_so_once(airport: Airport) -> None:
+    told: list[str] = []
+    airport.flights.waits.listen(told.append)
+    other = airport.store.acquire(TENANT, seconds=7.0, metered=False)
+    assert isinstance(other, Lease)
+    flight = airport.join()
+    flight.until = airport.clock.monotonic() + 10.0
+    for _ in range(3):
+        assert isinstance(airport.flights.begin(flight), Pause)
+    assert told == [TENANT]
+    airport.store.release(other)
+    assert isinstance(airport.flights.begin(flight), Lease)
+    assert told == [TENANT]

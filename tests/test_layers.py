@@ -42,7 +42,6 @@ FOREIGN: dict[str, tuple[str, ...]] = {
     "cachetools": ("auth", "cache", "stores.memory", "stores.sqlite", "stores.redis"),
     "click": ("cli",),
     "flask": ("web", "emulator", "emulated"),
-    "flask_wtf": ("web",),
     "gunicorn": ("web", "cli"),
     "itsdangerous": ("web",),
     "jinja2": ("web",),
@@ -60,7 +59,6 @@ FOREIGN: dict[str, tuple[str, ...]] = {
     "standardwebhooks": ("signature",),
     "urllib3": ("transport",),
     "werkzeug": ("web", "emulator", "emulated"),
-    "wtforms": ("web",),
 }
 """Every foreign library and the rooms that may import it, at whatever depth of the code."""
 

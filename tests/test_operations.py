@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import pytest
 
@@ -19,7 +20,7 @@ from external_oms.errors import (
     WriteOutcomeUnknown,
 )
 from external_oms.freshness import BUCKET_BURST, Freshness
-from external_oms.operations import READ_BACK_PAUSES_SECONDS, Delivered, Operations
+from external_oms.operations import READ_BACK_PAUSES_SECONDS, READ_BACK_SECONDS, Delivered, Operations
 from external_oms.stores.base import Cause, Event
 from external_oms.stores.memory import MemoryStore
 from tests.conftest import FakeClock
@@ -243,6 +244,17 @@ def test_a_write_without_an_answer_that_does_not_read_back_stays_unknown(desk: D
     assert desk.cache.state(TENANT).generation == 1, "whoever serves must look again"
 
 
+def test_a_write_without_an_answer_is_looked_for_longer_and_not_for_ever(desk: Desk) -> None:
+    desk.cache.lookup(TENANT)
+    desk.writer.error, desk.writer.takes = WriteOutcomeUnknown("no answer"), False
+    for slow_seconds, pauses in ((0.0, [0.5, 1.0, 2.0]), (READ_BACK_SECONDS, [0.5])):
+        desk.pauses.clear()
+        desk.after_pause = partial(desk.hand.advance, slow_seconds)
+        with pytest.raises(WriteOutcomeUnknown):
+            desk.operations.set_enabled(TENANT, enabled=False, actor="ada", reason="why")
+        assert desk.pauses == pauses
+
+
 @pytest.mark.parametrize(
     "error",
     [
@@ -329,3 +341,10 @@ def test_the_value_that_a_lagging_replica_answers_after_a_write_is_not_kept_for_
     desk.source.says = False
     desk.hand.advance(2.5)
     assert desk.cache.state(TENANT).enabled is False
+
+
+def test_every_delivery_is_told_with_what_came_of_it(desk: Desk) -> None:
+    told: list[Delivered] = []
+    desk.operations.deliveries.listen(told.append)
+    given = [desk.deliver("one"), desk.deliver("one"), desk.deliver()]
+    assert told == given

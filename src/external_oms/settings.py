@@ -134,7 +134,7 @@ class Settings(BaseSettings):
         trusted_proxies: Addresses or networks whose identity header is believed. None.
         identity_header: The header in which a trusted proxy names the person.
         identity_role: The role of a person so named.
-        session_secret: Signs session cookies; made up at start where it is not set, and then only one process knows it.
+        session_secret: Signs session cookies. Not set: kept beside a file store, else made up where the server starts.
         session_seconds: How long a login lasts. 8 hours: a shift.
         insecure: Start without credentials; on loopback only.
     """

@@ -237,7 +237,7 @@ def test_nothing_keeps_anybody_out(visit: Visits, server: Served, axe: str, view
         one.page.goto(f"{server.url}{path}")
         found[path] = serious(one, axe)
         assert "phone" not in view or one.page.evaluate("document.documentElement.scrollWidth") <= 390
-    assert found == dict.fromkeys(("/login", *PATHS), [])
+    assert found == {path: [] for path in ("/login", *PATHS)}
     one.complaints.clear()  # the 404 that was asked for
 
 

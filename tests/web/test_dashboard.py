@@ -280,7 +280,7 @@ def test_the_fleet_is_asked_once_however_many_pages_are_open(server: Server, mon
 
     def counted(self: object, tenant: str | None = None) -> object:
         asked.append(tenant)
-        return real(store, tenant)  # type: ignore[arg-type]  # the store itself
+        return real(store, tenant)
 
     monkeypatch.setattr(type(store), "members", counted)
     open_browser(server.client, "viewer")

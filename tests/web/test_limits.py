@@ -50,7 +50,7 @@ def test_what_exceeds_the_number_is_refused_for_who_exceeds_it_alone() -> None:
 
 
 def test_what_one_process_counts_begins_anew_with_each_minute_and_knows_names_apart() -> None:
-    wall = 1_780_000_020.0 + 12.5  # the minute began 32.5 s ago
+    wall = 1_780_000_020.0 + 32.5  # so long into a minute
     limits = Limits(settings(), wall=lambda: wall)
     for _ in range(3):
         limits.take_here("evaluate", "ann", per_minute=3)

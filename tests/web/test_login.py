@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import time
+from functools import partial
 from http.cookies import Morsel, SimpleCookie
+from itertools import count
 from pathlib import Path
 
 import pytest
+import requests
 from flask import Flask
 from flask.testing import FlaskClient
 from flask_wtf.csrf import CSRFProtect
@@ -23,6 +27,7 @@ from external_oms.web.parts import parts_of
 from external_oms.web.sessions import COOKIE, Sessions, secret_of
 from tests.web.conftest import ENTRIES, KEYS, SECRET, TENANT, Server, StartServer, with_key
 from tests.web.pages import form_token, login, open_browser, text_of
+from tests.web.served import SERVE, served
 
 ROLES = tuple(KEYS)
 SIGNED = "a secret of sixteen characters and more"
@@ -76,9 +81,10 @@ def test_no_login_leads_anywhere_else(server: Server, wanted: str) -> None:
     assert server.client.post("/login", data=data).headers["Location"] == "/"
 
 
-@pytest.mark.parametrize(
-    "key", ["", " ", "oms_wrong", *ENTRIES, *(entry.rsplit(":", 1)[1] for entry in ENTRIES), "x" * 5000, "\u00e9\u0000"]
-)
+WRONG = ("", " ", "oms_wrong", *ENTRIES, *(entry.rsplit(":", 1)[1] for entry in ENTRIES), "x" * 5000, "\u00e9\u0000")
+
+
+@pytest.mark.parametrize("key", WRONG, ids=count())
 def test_a_wrong_key_gets_in_nowhere(server: Server, key: str) -> None:
     token = form_token(server.client.get("/login"))
     answer = server.client.post("/login", data={"form_token": token, "key": key})
@@ -161,7 +167,7 @@ def test_a_session_ends_by_itself(start: StartServer, monkeypatch: pytest.Monkey
     value = carried(server.client)
     for later, status in ((59.0, 200), (61.0, 401), (-3600.0, 401)):
         keyring, signer = server.parts.access.keyring, secret_of(server.parts.settings)
-        known = Sessions(signer, keyring, seconds=60.0, prefix="", wall=lambda later=later: now + later)
+        known = Sessions(signer, keyring, seconds=60.0, prefix="", wall=partial(sum, (now, later)))
         asked = server.app.test_request_context("/", headers={"Cookie": f"{COOKIE}={value}"})
         assert (known.identity(asked.request) is not None) == (status == 200)
 
@@ -357,6 +363,45 @@ def test_a_link_in_the_place_of_the_secret_is_not_followed(tmp_path: Path) -> No
     (tmp_path / "elsewhere").write_text("planted by somebody else, and long enough")
     (tmp_path / "state.db.session-secret").symlink_to(tmp_path / "elsewhere")
     assert "planted" not in secret_of(settings)
+
+
+def test_all_workers_of_one_server_know_a_login_though_no_secret_was_set(
+    api: ConfigAPIEmulator, tmp_path: Path
+) -> None:
+    with served(api, tmp_path, command=(*SERVE, "--name-members"), store="memory://") as server:
+        with requests.Session() as browser:
+            token = re.search(r'name="form_token" value="([^"]+)"', browser.get(f"{server.url}/login").text)
+            assert token
+            entered = browser.post(f"{server.url}/login", {"form_token": token.group(1), "key": KEYS["viewer"]})
+            assert entered.status_code == 200
+            cookies = dict(browser.cookies)
+        members: set[str] = set()
+        until = time.monotonic() + 20
+        while len(members) < 2:
+            assert time.monotonic() < until
+            answer = requests.get(f"{server.url}/", cookies=cookies, allow_redirects=False, timeout=10)
+            assert answer.status_code == 200
+            members.add(answer.headers["External-OMS-Member"])
+        assert "session_secret" not in server.log.read_text(encoding="utf-8")
+
+
+def test_several_workers_that_share_no_secret_are_warned(
+    api: ConfigAPIEmulator, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("SERVER_SOFTWARE", "gunicorn/27")
+    monkeypatch.setenv("WEB_CONCURRENCY", "4")
+    cases: list[tuple[dict[str, object], bool]] = [
+        ({}, True),
+        ({"session_secret": SIGNED}, False),
+        ({"dashboard": False}, False),
+    ]
+    for given, said in cases:
+        caplog.clear()
+        settings = api.settings(TENANT, api_keys=ENTRIES, webhook_secrets=[SECRET], refresh="lazy", **given)
+        parts = parts_of(create_app(settings))
+        assert parts is not None
+        parts.provider.shutdown()
+        assert ("a login at one of them is not known to the others" in caplog.text) == said
 
 
 def test_nothing_is_derived_from_what_stands_in_api_keys(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from openfeature import api as openfeature
 from openfeature.evaluation_context import EvaluationContext
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, generate_latest, values
 
-from external_oms import FLAG_KEY
+from external_oms import FLAG_KEY, ExternalOMSProvider
 from external_oms.assemble import assemble
 from external_oms.cache import Change, ChangeKind
 from external_oms.config import Snapshot
@@ -420,15 +420,16 @@ def test_two_apps_over_one_provider_count_the_same(api: ConfigAPIEmulator) -> No
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")  # forking under threads is the subject
 def test_a_child_forked_while_others_count_and_scrape_counts_and_scrapes() -> None:
-    meters = Meters(assemble(Settings(tenant=TENANT, access_token="t", refresh="lazy")))
+    provider = ExternalOMSProvider(Settings(tenant=TENANT, access_token="t", refresh="lazy"))
+    meters = Meters(provider.service)
     one, stop = Evaluated(TENANT, "CACHED", Via.SDK), threading.Event()
 
-    def busy(work: Callable[[], object]) -> None:
-        while not stop.is_set():
+    def busy(work: Callable[[], object], pause_seconds: float) -> None:
+        while not stop.wait(pause_seconds):  # without a pause between scrapes a fork would hardly get its turn
             work()
 
-    jobs = (lambda: meters.evaluated(one), meters.collect)
-    threads = [threading.Thread(target=busy, args=(work,), daemon=True) for work in jobs]
+    jobs = ((lambda: meters.evaluated(one), 0.0), (meters.collect, 0.001))
+    threads = [threading.Thread(target=busy, args=job, daemon=True) for job in jobs]
     for thread in threads:
         thread.start()
     try:

@@ -20,6 +20,7 @@ from external_oms.web.limits import Limits
 from external_oms.web.parts import Parts
 from external_oms.web.problems import report_problems
 from external_oms.web.servers import worker_count
+from external_oms.web.sessions import is_lone
 from external_oms.web.streams import Hub
 
 __all__ = ["FLAGS", "check_credentials", "create_app", "mount"]
@@ -198,6 +199,12 @@ def _warn_of_lone_workers(settings: Settings, flags: Collection[str]) -> None:
             "sqlite:////path/state.db, which all workers of a host share, or to redis://",
             workers,
             settings.ttl_seconds,
+        )
+    if "dashboard" in flags and is_lone(settings):
+        _logger.warning(
+            "this server runs %d workers, and a login at one of them is not known to the others; set session_secret, "
+            "such as `openssl rand -base64 32` makes",
+            workers,
         )
     if "metrics" in flags and not metrics.are_shared():
         _logger.warning(

@@ -5,8 +5,8 @@ gives the same answer. Counts are each process's own. Where `PROMETHEUS_MULTIPRO
 `shared_counts` makes for `external-oms serve`, prometheus-client keeps them there, a mapped file per process, and a
 scrape sums them, those of ended processes included. Else they stand in a registry of our own, never the application's.
 
-Every change of a count happens under one lock that is held over a fork, so no child inherits one of prometheus-client's
-locks while somebody holds it.
+Counting and scraping each happen under a lock of ours that is held over a fork, so no child inherits one of
+prometheus-client's locks while somebody holds it. They are two, so that nobody who counts waits for a scrape.
 """
 
 from __future__ import annotations
@@ -61,6 +61,7 @@ _DELIVERED = ("read", "later", "duplicate")
 _OPENMETRICS = "application/openmetrics-text"
 
 _counting = threading.RLock()
+_scraping = threading.RLock()
 
 
 class _Counts:
@@ -186,6 +187,7 @@ class Meters(Collector):
         self._monotonic = service.clock.monotonic
         self._since = service.clock.monotonic()
         self._applied: dict[str, int] = {}
+        self._evaluations: dict[Evaluated, Counter] = {}
         self._registry = None if are_shared() else CollectorRegistry()
         self.counts = _shared() if self._registry is None else _Counts(self._registry)
         try:
@@ -230,8 +232,11 @@ class Meters(Collector):
 
     def evaluated(self, one: Evaluated) -> None:
         """The flag was evaluated."""
+        counter = self._evaluations.get(one)  # the library's own look-up takes as long as the rest of the counting
         with _counting:
-            self.counts.evaluations.labels(one.tenant, one.reason, one.via).inc()
+            if counter is None:
+                counter = self._evaluations[one] = self.counts.evaluations.labels(one.tenant, one.reason, one.via)
+            counter.inc()
 
     def delivered(self, delivered: Delivered) -> None:
         """A genuine delivery was taken."""
@@ -282,7 +287,7 @@ class Meters(Collector):
 
     def _counted(self) -> Iterable[Metric]:
         if self._registry is not None:
-            with _counting:  # it takes the library's locks
+            with _scraping:
                 return list(self._registry.collect())
         summed: Iterable[Metric] = multiprocess.MultiProcessCollector(None).collect()  # type: ignore[no-untyped-call]  # the library has no types here
         return summed
@@ -327,13 +332,21 @@ _alive: weakref.WeakSet[Meters] = weakref.WeakSet()
 _heard: weakref.WeakSet[Cache] = weakref.WeakSet()
 
 
+def _before_fork() -> None:
+    _scraping.acquire()
+    _counting.acquire()
+
+
+def _after_fork() -> None:
+    _counting.release()
+    _scraping.release()
+
+
 def _after_fork_in_child() -> None:
     for meters in tuple(_alive):
         meters.after_fork()
-    _counting.release()
+    _after_fork()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(
-        before=_counting.acquire, after_in_parent=_counting.release, after_in_child=_after_fork_in_child
-    )
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork_in_child)

@@ -28,7 +28,7 @@ from external_oms.tenants import is_loopback
 from external_oms.web.access import Identity, Keyring, Via
 from external_oms.web.problems import Problem
 
-__all__ = ["COOKIE", "FIELD", "Sessions", "secret_of"]
+__all__ = ["COOKIE", "FIELD", "Sessions", "is_lone", "secret_of"]
 
 COOKIE = "external_oms_session"
 """The name of the cookie."""
@@ -47,6 +47,8 @@ _LEAST = 16
 
 _MADE_UP = secrets.token_urlsafe(32)
 """Made up once, where this module is imported: workers forked after it (`external-oms serve`) share it."""
+
+_MADE_BY = os.getpid()
 
 _logger = logging.getLogger(__name__)
 
@@ -202,6 +204,12 @@ def secret_of(settings: Settings) -> str:
     except OSError as error:
         _logger.warning("no session secret can be kept at %s (%s): each process makes up its own", path, error.strerror)
         return _MADE_UP
+
+
+def is_lone(settings: Settings) -> bool:
+    """Whether the secret is one that this process made up for itself, so that no other worker knows its sessions."""
+    shared = settings.session_secret is not None or settings.store.startswith("sqlite:")
+    return not shared and os.getpid() == _MADE_BY
 
 
 def _kept(path: Path) -> str:

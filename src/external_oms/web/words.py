@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from typing import Literal
 
 from external_oms.freshness import Freshness
-from external_oms.judgement import State
+from external_oms.judgement import Source, State
 from external_oms.settings import Settings
 from external_oms.stores.base import Cause, Event
 
@@ -18,6 +18,7 @@ __all__ = [
     "is_unasked",
     "latency",
     "meaning",
+    "source_of",
     "span",
     "title_of",
     "tone_of",
@@ -87,6 +88,13 @@ def meaning(state: State, settings: Settings) -> str:
 def word_of(enabled: bool | None) -> str:
     """A value as the page writes it."""
     return "unknown" if enabled is None else "ON" if enabled else "OFF"
+
+
+def source_of(state: State) -> str:
+    """Who read the value; a dash where there is none."""
+    if state.enabled is None:
+        return "—"
+    return {Source.MEMORY: "this process", Source.STORE: "another process", Source.API: "the API"}[state.source]
 
 
 def tone_of(state: State, settings: Settings) -> Literal["good", "warn", "bad"]:

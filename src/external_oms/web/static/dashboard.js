@@ -106,7 +106,7 @@ function show(tenant) {
   put(box, "freshness", freshness(state));
   put(box, "age", span(state.age_seconds));
   put(box, "generation", String(state.generation));
-  put(box, "source", SOURCES[state.source]);
+  put(box, "source", state.enabled === null ? "—" : SOURCES[state.source]);
   const next = state.enabled === null ? "now" : "when the value ages";
   put(box, "retry", state.retry_seconds ? `in ${span(state.retry_seconds)}` : next);
   const life = box.querySelector('[data-field="life"]');
