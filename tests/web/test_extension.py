@@ -11,6 +11,7 @@ import pytest
 from flask import Flask, jsonify
 from openfeature import api as openfeature
 from openfeature.client import OpenFeatureClient
+from openfeature.provider import ProviderStatus
 
 from external_oms import FLAG_KEY
 from external_oms.emulator import ConfigAPIEmulator, Fault
@@ -148,19 +149,29 @@ def test_two_apps_with_settings_of_their_own_live_side_by_side_in_their_domains(
     assert ready(openfeature.get_client()).get_boolean_value(FLAG_KEY, True) is False
 
 
-def test_a_hanging_api_does_not_hold_up_the_apps_start(api: ConfigAPIEmulator, settings: MakeSettings) -> None:
+def test_who_does_not_wait_starts_at_once_whatever_the_api_does(api: ConfigAPIEmulator, settings: MakeSettings) -> None:
     api.fault(TENANT, Fault(delay_seconds=3, times=None, where="any"))
     began = monotonic()
     app = users_app()
-    ExternalOMS(app, settings())
+    ExternalOMS(app, settings(), wait=False)
     assert app.test_client().get("/").text == "home"
     assert monotonic() - began < 1.0
 
 
-def test_who_wants_to_wait_is_told_that_the_api_is_dead(api: ConfigAPIEmulator, settings: MakeSettings) -> None:
+def test_the_first_order_is_routed_by_a_value_that_was_read(api: ConfigAPIEmulator, settings: MakeSettings) -> None:
+    api.set_enabled(TENANT, True)
+    api.fault(TENANT, Fault(delay_seconds=0.3))
+    ExternalOMS(users_app(), settings())
+    assert openfeature.get_client().get_boolean_value(FLAG_KEY, False) is True
+
+
+def test_a_dead_api_does_not_keep_an_app_from_starting(api: ConfigAPIEmulator, settings: MakeSettings) -> None:
     api.fault(TENANT, Fault(status=500, times=None))
-    with pytest.raises(Exception, match="no value of external_oms_enabled may be served"):
-        ExternalOMS(users_app(), settings(), wait=True)
+    app = users_app()
+    ExternalOMS(app, settings())
+    assert app.test_client().get("/").text == "home"
+    assert openfeature.get_client().get_provider_status() is ProviderStatus.ERROR
+    assert openfeature.get_client().get_boolean_details(FLAG_KEY, False).reason == "ERROR"
 
 
 def test_without_credentials_nothing_is_mounted_and_nothing_registered(settings: MakeSettings) -> None:

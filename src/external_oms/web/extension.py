@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TypedDict, Unpack
 
 from flask import Flask
 from openfeature import api
+from openfeature.exception import OpenFeatureError
 
 from external_oms.provider import ExternalOMSProvider
 from external_oms.settings import Settings
@@ -23,8 +25,9 @@ class Choice(TypedDict, total=False):
         domain: The OpenFeature domain that the provider is registered for. None: the default provider. Two apps of one
             process with different settings need different domains, or the later one's provider replaces the earlier's;
             with the same settings they share one provider.
-        wait: Whether `init_app` waits for the first read, and raises where it fails. False: a dead API must not keep
-            an app from starting.
+        wait: Whether `init_app` waits for the first read, `timeout_seconds` at the most, so that the first order is
+            routed by a value that was read. True; a dead API does not keep the app from starting. False: evaluations
+            give the caller's default until the read has ended.
         webhook: Whether deliveries are taken. True.
         api: Whether `/api/v1` and `/openapi.json` are served. False, as are the following.
         ofrep: Whether OFREP is served.
@@ -113,11 +116,18 @@ class ExternalOMS:
         provider = provider or ExternalOMSProvider(settled)
         parts = mount(app, provider, settled, flags=flags, url_prefix=chosen.get("url_prefix", ""))
         if registered is not provider:
-            register = api.set_provider_and_wait if chosen.get("wait", False) else api.set_provider
-            register(provider, domain)
+            _register(provider, domain, wait=chosen.get("wait", True))
         return parts
 
     def _configured(self, app: Flask) -> Settings:
         if self._provider is not None:
             return self._provider.service.settings
         return Settings(**app.config.get_namespace("EXTERNAL_OMS_"))
+
+
+def _register(provider: ExternalOMSProvider, domain: str | None, *, wait: bool) -> None:
+    if not wait:
+        api.set_provider(provider, domain)
+        return
+    with suppress(OpenFeatureError):  # the provider has said what is wrong, and goes on trying by itself
+        api.set_provider_and_wait(provider, domain)
