@@ -19,6 +19,7 @@ from external_oms.freshness import (
     backoff_seconds,
     bucket_take,
     early_seconds,
+    follow_seconds,
     freshness_of,
     parse_retry_after,
     settling_lifetime,
@@ -154,3 +155,20 @@ def test_a_retry_after_is_seconds_or_a_date_and_is_capped(header: str | None, ex
 def test_no_retry_after_raises_or_leaves_its_bounds(header: str, now: float, cap: float) -> None:
     wait = parse_retry_after(header, now_wall=now, cap_seconds=cap)
     assert wait is None or (0 <= wait <= cap and not math.isnan(wait))
+
+
+@pytest.mark.parametrize(
+    ("waited", "remaining", "wait"), [(0.0, 7.0, 0.05), (0.05, 6.95, 0.05), (0.4, 6.6, 0.4), (3.2, 3.8, 3.2)]
+)
+def test_whoever_waits_for_another_asks_again_after_as_long_as_it_has_waited(
+    waited: float, remaining: float, wait: float
+) -> None:
+    assert follow_seconds(waited, remaining, 0.0, 0.5) == wait
+
+
+def test_a_lease_whose_life_ends_sooner_is_asked_for_then_and_by_a_fleet_one_after_the_other() -> None:
+    assert follow_seconds(6.4, 0.6, 0.0, 0.5) == 0.6
+    waits = [follow_seconds(6.4, 0.6, 1.0, Random(seed).random()) for seed in range(1000)]
+    assert min(waits) >= 0.6
+    assert max(waits) <= 1.6
+    assert sum(wait < 1.0 for wait in waits) <= 20, "hardly anybody is first"

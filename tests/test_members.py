@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import pytest
 
@@ -42,7 +43,7 @@ class Counting(MemoryStore):
 class Process:
     """A process that reports, on a clock that is moved by hand."""
 
-    def __init__(self, clock: FakeClock) -> None:
+    def __init__(self, clock: FakeClock, random: Callable[[], float] = lambda: 0.0) -> None:
         self.clock = clock
         self.source = Source(clock)
         self.hand = Hand(clock)
@@ -51,9 +52,7 @@ class Process:
             self.source, clock, runner=self.hand, store=self.store, tenants=(TENANT, "globex"), background=False
         )
         self.name = "web:1"
-        self.reporter = Reporter(
-            cache=self.cache, store=self.store, clock=clock, random=lambda: 0.0, name=lambda: self.name
-        )
+        self.reporter = Reporter(cache=self.cache, store=self.store, clock=clock, random=random, name=lambda: self.name)
         self.reporter.start()
 
     @property
@@ -102,6 +101,19 @@ def test_a_change_is_reported_within_a_second_and_mere_time_every_ten(process: P
     process.hand.advance(LEAST_SECONDS)
     assert len(process.times) == before + 1
     assert process.store.members(TENANT)[0].enabled is False
+
+
+def test_members_of_a_fleet_do_not_report_together_what_they_learn_together(clock: FakeClock) -> None:
+    delays = []
+    for number in range(5):
+        process = Process(clock, random=partial(float, number / 5))
+        process.store.spread_seconds = 1.0
+        process.hand.advance(LEAST_SECONDS)
+        began = clock.monotonic()
+        process.cache.lookup(TENANT)
+        process.hand.advance(2 * LEAST_SECONDS)
+        delays.append(round(process.times[0] - began, 3))
+    assert delays == [0.0, 0.2, 0.4, 0.6, 0.8]
 
 
 def test_reading_the_same_value_again_is_no_news(process: Process) -> None:

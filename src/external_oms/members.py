@@ -126,7 +126,9 @@ class Reporter:
     def _changed(self, change: Change) -> None:
         now = self._clock.monotonic()
         if self._told.get(change.tenant) != _essence(member_of(change.answer, name="", now=now)):
-            self._arrange(max(now, self._last + LEAST_SECONDS))
+            # the whole fleet learns it at once, and the read that is to follow must not queue behind its reports
+            spread_seconds = self._random() * self._store.spread_seconds
+            self._arrange(max(now + spread_seconds, self._last + LEAST_SECONDS))
 
     def _polled(self, _: None) -> None:
         if self._due is None:  # a stale look arranges one report more

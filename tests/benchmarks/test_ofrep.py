@@ -68,9 +68,9 @@ def test_500_streams_cost_evaluations_nothing_and_all_hear_at_once(tmp_path: Pat
     with ConfigAPIEmulator([TENANT]) as api, served(api, tmp_path) as server:
         server.flip(True)
         load(server.port, ONE, 2.0)
-        alone, before = load(server.port, ONE, 3.0), memory(server)
+        alone, before = best([load(server.port, ONE, 1.0) for _ in range(5)]), memory(server)
         streams = open_streams(server)
-        beside, after = load(server.port, ONE, 3.0), memory(server)
+        beside, after = best([load(server.port, ONE, 1.0) for _ in range(5)]), memory(server)
         delays = [heard_after(server, streams, enabled) for enabled in (False, True, False)]
         for stream in streams:
             stream.close()

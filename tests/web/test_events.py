@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import queue
+import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 from urllib.parse import parse_qs, urlencode, urlsplit
@@ -107,6 +110,39 @@ def test_a_delivery_that_changes_nothing_is_not_told(server: Server, listen: Ope
         server.parts.provider.refresh()
     flip(server, True)
     assert stream.event()["etag"] == bulk(server).headers["ETag"]
+
+
+def test_between_an_invalidation_and_its_read_nothing_is_told(start: StartServer, listen: Open) -> None:
+    server = start(refresh="lazy")  # so that the read comes when the test says so
+    stream = listen(server, address(server))
+    heard: queue.Queue[dict[str, Any]] = queue.Queue()
+
+    def listen_twice() -> None:
+        for _ in range(2):
+            heard.put(stream.event())
+
+    listening = threading.Thread(target=listen_twice)
+    listening.start()
+
+    def taken() -> None:
+        """The stream has looked at everything that happened so far."""
+        (held,) = server.parts.hub._streams
+        until = time.monotonic() + 10
+        while held._waiting or not held._news._waiters:  # type: ignore[attr-defined]  # who waits for the condition
+            assert time.monotonic() < until
+            time.sleep(0.001)
+
+    taken()
+    before = bulk(server).headers["ETag"]
+    server.parts.provider.invalidate()
+    taken()
+    server.parts.provider.refresh()  # the same value again
+    taken()
+    flip(server, True)
+    assert heard.get(timeout=10)["etag"] == bulk(server).headers["ETag"] != before
+    flip(server, False)
+    assert heard.get(timeout=10)["etag"] == before
+    listening.join(10)
 
 
 def test_that_the_value_is_no_longer_authoritative_is_told_once_and_its_end_too(server: Server, listen: Open) -> None:
