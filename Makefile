@@ -1,5 +1,5 @@
 # Everything runs in .venv, made on first use with the standard library's venv and plain pip.
-# PYTHON=/path/to/python chooses the interpreter; STRICT=1 makes a skipped test a failure; WORKERS=2 tests on two cores.
+# PYTHON=/path/to/python chooses the interpreter; STRICT=1 makes a skipped test a failure; WORKERS=0 tests in one process.
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
@@ -9,6 +9,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP_INSTALL := $(PY) -m pip install --quiet
+WORKERS ?= 2
 CANDIDATES := $(PYTHON) python3 python3.14 python3.13 python3.12 python3.11
 
 # Modules of rules, without I/O: every branch of theirs is run.
@@ -27,7 +28,7 @@ demo: $(VENV)/.ready-all ## the whole story in ten seconds: read, flip, delivery
 
 test: $(VENV)/.ready-test ## all tests, with coverage
 	@$(PY) -m coverage erase
-	$(PY) -m coverage run -m pytest -m "not soak" --ignore=tests/benchmarks -p no:benchmark $(if $(STRICT),--no-skips) $(if $(WORKERS),-n $(WORKERS) --dist loadfile)
+	$(PY) -m coverage run -m pytest -m "not soak" --ignore=tests/benchmarks -p no:benchmark $(if $(STRICT),--no-skips) -n $(WORKERS) --dist loadfile
 	@$(PY) -m coverage combine --quiet
 	$(PY) -m coverage report --fail-under=95
 	$(PY) -m coverage report --fail-under=100 --include=$(PURE_PATHS)
