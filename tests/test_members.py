@@ -73,8 +73,8 @@ def test_a_process_that_only_looks_at_nothing_reports_nothing(process: Process) 
 def test_what_is_served_is_reported_for_every_tenant(process: Process) -> None:
     process.cache.lookup(TENANT)
     process.hand.advance(LEAST_SECONDS)
-    assert process.store.told[-1][1] == (
-        Member("web:1", TENANT, generation=0, enabled=True, freshness="fresh", age_seconds=1.0),
+    assert process.store.told[0][1] == (
+        Member("web:1", TENANT, generation=0, enabled=True, freshness="fresh", age_seconds=0.5),
         Member("web:1", "globex", generation=0, enabled=None, freshness="expired", age_seconds=None),
     )
 
@@ -143,10 +143,16 @@ def test_after_a_fork_the_child_reports_under_its_own_name(process: Process) -> 
     process.reporter.restart()
     process.name = "web:2"
     process.cache.polls.tell(None)  # as the child's own thread does when it begins
-    process.hand.advance(0.0)
+    process.hand.advance(LEAST_SECONDS)
     assert {member.name for member in process.store.members(TENANT)} == {"web:1", "web:2"}
     process.hand.advance(MOST_SECONDS)
     assert process.store.told[-1][1][0].name == "web:2"
+
+
+def test_a_process_that_is_gone_in_a_moment_is_no_member(process: Process) -> None:
+    process.cache.lookup(TENANT)
+    process.hand.advance(0.49)
+    assert process.store.told == []
 
 
 def test_starting_twice_reports_once(process: Process) -> None:

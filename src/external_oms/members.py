@@ -120,7 +120,7 @@ class Reporter:
         """Begin anew, in a forked child or after the cache's threads have ended: what was arranged is gone."""
         self._lock = threading.Lock()
         self._due: float | None = None
-        self._last = float("-inf")
+        self._last: float | None = None
         self._told: dict[str, tuple[int, bool | None, str]] = {}
 
     def _changed(self, change: Change) -> None:
@@ -132,7 +132,13 @@ class Reporter:
 
     def _polled(self, _: None) -> None:
         if self._due is None:  # a stale look arranges one report more
-            self._arrange(max(self._clock.monotonic(), self._last + LEAST_SECONDS))
+            self._arrange(self._soonest(self._clock.monotonic()))
+
+    def _soonest(self, now: float) -> float:
+        """When the next report may be made; a process that lives for less than a moment makes none."""
+        if self._last is None:
+            return now + LEAST_SECONDS * (0.5 + self._random() / 2)
+        return max(now, self._last + LEAST_SECONDS)
 
     def _arrange(self, when: float) -> None:
         with self._lock:
