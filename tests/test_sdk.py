@@ -138,7 +138,9 @@ def test_an_initialization_under_way_at_the_fork_ends_in_the_child(
     answers: bool, provider: ExternalOMSProvider, external_oms_api: ConfigAPIEmulator
 ) -> None:
     external_oms_api.set_enabled(None, True)
-    external_oms_api.fault(None, Fault(delay_seconds=1.0) if answers else Fault(delay_seconds=1.0, status=500, times=None))
+    external_oms_api.fault(
+        None, Fault(delay_seconds=1.0) if answers else Fault(delay_seconds=1.0, status=500, times=None)
+    )
     api.set_provider(provider)
     assert eventually(lambda: external_oms_api.reads() > 0)
     client = api.get_client()
@@ -159,7 +161,7 @@ def test_an_initialization_under_way_with_a_value_at_hand_ends_at_once_in_the_ch
     assert provider.enabled()
     api.set_provider_and_wait(provider)
     with provider_registry._lock:
-        provider_registry._provider_status[provider] = ProviderStatus.NOT_READY  # as between attach and the first event
+        provider_registry._provider_status[provider] = ProviderStatus.NOT_READY  # as before the first event
 
     def child() -> bool:
         client = api.get_client()

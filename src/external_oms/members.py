@@ -128,7 +128,7 @@ class Reporter:
         if self._told.get(change.tenant) != _essence(member_of(change.answer, name="", now=now)):
             # the whole fleet learns it at once, and the read that is to follow must not queue behind its reports
             spread_seconds = self._random() * self._store.spread_seconds
-            self._arrange(max(now + spread_seconds, self._last + LEAST_SECONDS))
+            self._arrange(self._soonest(now + spread_seconds))
 
     def _polled(self, _: None) -> None:
         if self._due is None:  # a stale look arranges one report more
