@@ -55,7 +55,7 @@ class Visit:
 Visits = Callable[..., Visit]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # not longer: another module's tests in this process may want a Playwright of their own
 def browser() -> Iterator[Browser]:
     chromium = shutil.which("chromium") or shutil.which("chromium-browser")
     if chromium is None:
