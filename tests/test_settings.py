@@ -244,3 +244,15 @@ def test_any_base_url_is_https_or_refused(url: str) -> None:
 
 def test_the_file_is_read_whole_and_not_by_fields() -> None:
     assert _TomlFile(Settings).get_field_value(None, "tenant") == (None, "tenant", False)
+
+
+def test_two_tenants_at_one_address_are_refused() -> None:
+    tenants = {"acme": {"access_token": "a"}, "globex": {"access_token": "b"}}
+    refused = _refused(tenants=tenants, base_url="https://gateway.example.com")
+    assert refused.setting == "tenants.globex.base_url"
+    assert "acme" in str(refused)
+
+
+def test_a_tenant_may_have_a_path_of_its_own() -> None:
+    settings = Settings(tenants={"acme": {"access_token": "a", "config_path": "/v1/oms"}})
+    assert settings.by_tenant()["acme"].config_url("acme") == "https://acme.p.newstore.net/v1/oms"
