@@ -42,6 +42,8 @@ class Made:
 @pytest.fixture
 def make() -> Iterator[Made]:
     before = set(threading.enumerate())
+    STRANGERS.clear()
+    STRANGERS.update(before)
     made = Made()
     yield made
     for workers in made.made:
@@ -50,8 +52,13 @@ def make() -> Iterator[Made]:
     assert left == []
 
 
+STRANGERS: set[threading.Thread] = set()
+"""Threads that were there before the test: of whatever an earlier test of this process has not put away."""
+
+
 def names(word: str) -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name == f"external-oms-{word}"]
+    threads = set(threading.enumerate()) - STRANGERS
+    return [thread.name for thread in threads if thread.name == f"external-oms-{word}"]
 
 
 def eventually(holds: Callable[[], bool]) -> bool:

@@ -53,6 +53,7 @@ def store(tmp_path: Path) -> Iterator[RedisStore]:
     server.stop()
 
 
+@pytest.mark.soak  # it watches times, and beside other tests on two cores it would watch theirs
 @pytest.mark.timeout(120)
 def test_one_tenant_that_hangs_does_not_slow_the_other_999(store: RedisStore) -> None:
     source = Source()
