@@ -1,0 +1,70 @@
+"""Whatever happens to Redis, an evaluation takes no longer than ever, and no application sees an error."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from openfeature import api as openfeature
+
+from external_oms import FLAG_KEY, ExternalOMSProvider
+from external_oms.testing import ConfigAPIEmulator
+from tests.stores.redis_server import RedisProxy, RedisServer
+
+LONGEST_SECONDS = 0.005
+
+
+@pytest.mark.soak  # a maximum of wall time: it wants a machine that does nothing else
+@pytest.mark.timeout(120)
+def test_no_evaluation_is_slower_than_five_milliseconds_under_any_fault(
+    external_oms_api: ConfigAPIEmulator, tmp_path: Path
+) -> None:
+    server = RedisServer(tmp_path)
+    server.start()
+    proxy = RedisProxy(server.port)
+    provider = ExternalOMSProvider(
+        external_oms_api.settings(store=f"redis://127.0.0.1:{proxy.port}/0", store_bound_seconds=1.0)
+    )
+    openfeature.set_provider_and_wait(provider)
+    client = openfeature.get_client()
+    took: dict[str, list[float]] = defaultdict(list)
+    phase, errors, stop = ["steady"], [0], threading.Event()
+
+    def evaluate() -> None:
+        while not stop.wait(0.0005):
+            began = time.perf_counter()
+            details = client.get_boolean_details(FLAG_KEY, default_value=False)
+            took[phase[0]].append(time.perf_counter() - began)
+            errors[0] += details.error_code is not None
+
+    faults: tuple[tuple[str, Callable[[], object]], ...] = (
+        ("frozen", server.freeze),
+        ("thawed", server.thaw),
+        ("flushed", server.flush),
+        ("deaf", proxy.deafen),
+        ("cut off", proxy.cut),
+        ("restarted", server.restart),
+        ("stopped", server.stop),
+        ("started", server.start),
+        ("invalidated", provider.invalidate),
+    )
+    thread = threading.Thread(target=evaluate)
+    thread.start()
+    time.sleep(3)
+    for name, fault in faults:
+        phase[0] = name
+        fault()
+        time.sleep(4)  # evaluations go on through each fault for so long
+    stop.set()
+    thread.join()
+    openfeature.shutdown()
+    proxy.close()
+    server.stop()
+    for name, seconds in took.items():
+        print(f"{name:12} {len(seconds)} evaluations, longest {max(seconds) * 1e3:.2f} ms")
+    assert errors[0] == 0
+    assert max(max(seconds) for seconds in took.values()) < LONGEST_SECONDS
