@@ -64,9 +64,19 @@ class Threaded:
         self.source.holding |= set(tenants or (TENANT,))
 
 
+STRANGERS: set[threading.Thread] = set()
+"""Threads that were there before the test: of whatever an earlier test of this process has not put away."""
+
+
+def newcomers() -> set[threading.Thread]:
+    return set(threading.enumerate()) - STRANGERS
+
+
 @pytest.fixture
 def threaded() -> Iterator[Threaded]:
     before = set(threading.enumerate())
+    STRANGERS.clear()
+    STRANGERS.update(before)
     made = Threaded()
     yield made
     made.source.release()
@@ -792,7 +802,7 @@ def test_closing_lets_every_waiter_go_at_once_and_leaves_no_thread(threaded: Thr
     answers = crowd.wait(5.0)
     assert time.monotonic() - began < 3.0
     assert {value(answer) for answer in answers} == {None}
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("external-oms")]
+    assert not [thread for thread in newcomers() if thread.name.startswith("external-oms")]
 
 
 def test_a_read_broken_off_by_a_shutdown_is_no_failure_of_the_api(threaded: Threaded) -> None:
@@ -833,7 +843,7 @@ def test_a_flight_that_waits_for_another_process_begins_no_read_after_the_end(th
     cache.close(5.0)
     waiting.join(SOON)
     store.release(lease)  # type: ignore[arg-type]  # nobody else asked for it
-    assert eventually(lambda: not [thread for thread in threading.enumerate() if thread.name == "external-oms-read"])
+    assert eventually(lambda: not [thread for thread in newcomers() if thread.name == "external-oms-read"])
     assert threaded.source.reads == []
 
 
@@ -846,7 +856,7 @@ def test_reopened_it_works_as_at_first_whatever_happened_at_the_end(threaded: Th
     cache.close(0.05)
     cache.lookup(TENANT)
     late.answer(Unavailable("late"))
-    assert eventually(lambda: not [thread for thread in threading.enumerate() if thread.name == "external-oms-read"])
+    assert eventually(lambda: not [thread for thread in newcomers() if thread.name == "external-oms-read"])
     threaded.source.holding.clear()
     cache.reopen()
     cache.start()
