@@ -7,17 +7,17 @@ Source: External OMS Config API v0 (`{"enabled": true}`) and its revision 0.1.0
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from external_oms.errors import MalformedAnswer
 
 __all__ = [
+    "ETAG",
     "FLAG_KEY",
     "Document",
-    "Failure",
     "Reading",
-    "Snapshot",
     "format_instant",
     "parse_document",
     "parse_instant",
@@ -25,6 +25,9 @@ __all__ = [
 
 FLAG_KEY = "external_oms_enabled"
 """The one flag that this package resolves."""
+
+ETAG = re.compile(r'(?:W/)?"[\x21\x23-\x7e]{0,256}"')
+"""An entity tag (RFC 9110 section 8.8.3), without the characters that a header must not repeat."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,60 +49,6 @@ class Reading:
 
     document: Document | None
     etag: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Snapshot:
-    """A stored document, with everything needed to judge its age.
-
-    Attributes:
-        enabled: The value.
-        updated_at: When it was changed upstream, where the API says so; always in UTC.
-        etag: The validator for the next conditional read, where the API gave one.
-        generation: The tenant's generation when the read started.
-        read_number: The number of the read, counted by the store per tenant: higher means started later.
-        read_at: Seconds on this host's monotonic clock when the read *started*; may be negative after a reboot.
-        fetched_at: The same moment on the wall clock, in UTC: for people.
-        lifetime_seconds: The freshness lifetime, counted from `read_at`.
-    """
-
-    enabled: bool
-    updated_at: datetime | None
-    etag: str | None
-    generation: int
-    read_number: int
-    read_at: float
-    fetched_at: datetime
-    lifetime_seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """The last of a row of failed reads, as the store shares it.
-
-    Attributes:
-        kind: The `kind` of the read error.
-        message: Its text, in our words.
-        status: The HTTP status, where there was one.
-        count: Failed reads in a row, >= 1.
-        read_number: The number of the failed read.
-        generation: The tenant's generation when it started.
-        failed_at: Seconds on this host's monotonic clock when it failed.
-        since: When the first of the row failed, on the wall clock, in UTC.
-        not_before: Seconds on this host's monotonic clock before which no read is tried again.
-        obliged: Whether the API itself asked for that wait, by Retry-After: then an invalidation does not end it.
-    """
-
-    kind: str
-    message: str
-    status: int | None
-    count: int
-    read_number: int
-    generation: int
-    failed_at: float
-    since: datetime
-    not_before: float
-    obliged: bool = False
 
 
 def parse_document(body: bytes) -> Document:

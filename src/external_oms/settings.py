@@ -17,7 +17,7 @@ from pydantic_settings import (
 )
 
 from external_oms.errors import SettingsError
-from external_oms.freshness import Windows
+from external_oms.policy import Windows
 from external_oms.tenants import (
     DEFAULT_BASE_URL,
     DEFAULT_CONFIG_PATH,

@@ -1,281 +1,172 @@
-"""The store's contract: what every store promises, in words; the one set of contract tests holds each to it.
+"""The store protocol: one entry per tenant, changed by transitions, shared by every process that uses the store.
 
-A store keeps one `Record` per tenant, shared by all who use the store. Three laws:
+A store guarantees three things:
 
-1. **The fence.** `generation` only rises. `put` and `fail` name the lease under which the read ran; a read that began
-   under an older generation is refused, in whichever process either happens.
-2. **One lease.** Per tenant at most one lease is held. It ends by `put`, `fail` or `release`, or by itself after its
-   stated life when its holder dies. Each lease has a number, and numbers only rise: a higher number began later.
-3. **The word.** Every change of a record changes the word that `watch` points to, *after* the change can be loaded.
-   Reading the word takes no lock, no system call and no I/O, so an evaluation can afford it.
+1. **Transitions are atomic.** `transact` runs a pure transition over the present entry and stores its result, its
+   events and its claimed delivery ids in one step; no other process sees or changes anything in between. When
+   `transact` returns, the change survives the death of any process.
+2. **The version follows the entry.** Every change of an entry changes the version word to which `version_ref` points,
+   *after* the change can be loaded. Reading the word takes no lock, no system call and no I/O. A reader remembers the
+   word that it saw *before* it loaded the entry; so a change never goes unseen.
+3. **Loading is local.** `load` never touches a socket and never waits for another process.
 
-Instants (`read_at`, `invalidated_at`, `failed_at`, `not_before`) are seconds on the caller's monotonic clock; a store
-that outlives a boot or spans hosts converts them.
+Where a store cannot do what it is asked, it raises `StoreError`; `fallback` decides what follows.
+
+Instants in entries are seconds on the clock of this process. A store that spans hosts, or outlives a boot, converts
+them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from datetime import datetime
-from enum import StrEnum
-from typing import Protocol
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
-from external_oms.config import Failure, Snapshot
+from external_oms.entry import Entry, Transition
+from external_oms.records import Event, Member
 
-__all__ = ["Acquired", "Busy", "Cause", "Event", "Health", "Lease", "Member", "Metered", "Record", "Store"]
+__all__ = ["DELIVERY_ID_SECONDS", "Health", "Store"]
 
+DELIVERY_ID_SECONDS = 3600.0
+"""How long a store remembers a delivery id, in seconds. A signed delivery can be replayed for twice the tolerance of
+five minutes; senders repeat for longer, and a repetition after an hour costs one read."""
 
-@dataclass(frozen=True, slots=True)
-class Record:
-    """What the store knows of a tenant at one moment.
-
-    Attributes:
-        generation: How many invalidations there were; only rises.
-        invalidated_at: When the last of them happened; None where there was none.
-        reads: The number of the last lease given; only rises.
-        snapshot: The last stored snapshot, whatever its age.
-        failure: The last failure, where the last read that ended has failed.
-        foreign: Whether another process stored the snapshot.
-    """
-
-    generation: int = 0
-    invalidated_at: float | None = None
-    reads: int = 0
-    snapshot: Snapshot | None = None
-    failure: Failure | None = None
-    foreign: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Lease:
-    """The right to read the API for a tenant, until `put`, `fail`, `release` or the end of its life.
-
-    Attributes:
-        tenant: The tenant.
-        number: The number of this read; the fencing token.
-        record: The record at the moment of the lease; its generation is the one the read belongs to.
-    """
-
-    tenant: str
-    number: int
-    record: Record
-
-
-@dataclass(frozen=True, slots=True)
-class Busy:
-    """Another holder has the lease.
-
-    Attributes:
-        number: The number of its read.
-        remaining_seconds: Seconds until its life ends by itself, >= 0.
-    """
-
-    number: int
-    remaining_seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class Metered:
-    """The bucket that meters reads caused by invalidations is empty.
-
-    Attributes:
-        wait_seconds: Seconds until it has a token again, > 0.
-    """
-
-    wait_seconds: float
-
-
-Acquired = Lease | Busy | Metered
-
-
-class Cause(StrEnum):
-    """What a row of history is about."""
-
-    CHANGED = "changed"
-    """A read gave another value than the one before."""
-    DELIVERY = "delivery"
-    """A delivery arrived; `detail` says whether it was a duplicate and whether the API was read."""
-    INVALIDATED = "invalidated"
-    """Somebody invalidated without a delivery."""
-    WRITE = "write"
-    """Somebody wrote a value to the API; `detail` says with what result."""
-    FAILED = "failed"
-    """Reads began to fail."""
-    RECOVERED = "recovered"
-    """Reads work again."""
-    STORE = "store"
-    """The store itself was set aside, lost or found again."""
-
-
-@dataclass(frozen=True, slots=True)
-class Event:
-    """One row of history.
-
-    Attributes:
-        at: When, on the wall clock, in UTC.
-        tenant: The tenant.
-        cause: What it is about.
-        enabled: The value after it, where known.
-        actor: Who caused it: a key's name, `webhook`, `api`; empty where nobody did.
-        delivery_id: The `webhook-id`, where there was one.
-        latency_seconds: How long it took, where that means something.
-        detail: One sentence for people.
-        id: The row's number in the store; higher is later; 0 before it is stored.
-    """
-
-    at: datetime
-    tenant: str
-    cause: Cause
-    enabled: bool | None = None
-    actor: str = ""
-    delivery_id: str = ""
-    latency_seconds: float | None = None
-    detail: str = ""
-    id: int = 0
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    """What the store says of itself.
+    """Whether a store works as configured.
 
     Attributes:
-        ok: Whether it is shared as configured.
-        problem: In one sentence what is wrong and what to do; empty where it is ok.
+        ok: Whether it does.
+        problem: In one sentence what is wrong and what to do; empty where nothing is.
     """
 
     ok: bool = True
     problem: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Member:
-    """What one process serves, as it reports to the store, so that one that lags is seen.
-
-    Attributes:
-        name: `host:pid`.
-        tenant: The tenant.
-        generation: The generation of the value that it serves.
-        enabled: That value, or None.
-        freshness: `fresh`, `stale` or `expired`.
-        age_seconds: Seconds since the read of that value started, at the time of the report; None without one.
-        seen_seconds: Seconds since the report.
-    """
-
-    name: str
-    tenant: str
-    generation: int
-    enabled: bool | None
-    freshness: str
-    age_seconds: float | None
-    seen_seconds: float = field(default=0.0)
-
-
 class Store(Protocol):
-    """Where the records live. Every method may be called from any thread and, after a fork, from the child.
+    """Where the entries live. Every method may be called from any thread and, after a fork, from the child.
 
-    Only `watch` and reading its word are for the hot path. `load` is for an evaluation that saw the word change:
-    it may read a local file, it never touches a socket and never waits for another process.
-    The rest belongs on reader threads; each ends within a bounded time.
-    A store that is out of order does not raise from these methods: it works in memory, as one process, says so in
-    `health`, logs it once, and heals by itself.
+    A tenant that the store does not know has the empty entry `Entry()`.
     """
 
     kind: str
     """`memory`, `sqlite` or `redis`."""
 
     poll_seconds: float | None
-    """How often `changed` wants to be asked, in seconds; None where nobody else can change anything."""
+    """How often `poll` wants to be called, in seconds; None where no other process can change anything."""
 
     spread_seconds: float
-    """Over how long members spread their look into what all learn at once, in seconds; 0 where they are few."""
+    """Over how many seconds the members spread their reaction to what all of them learn at once; 0 where they are
+    few."""
 
-    def watch(self, tenant: str) -> tuple[Sequence[int], int]:
-        """The word that changes with the tenant's record, as a sequence and the index in it.
+    @property
+    def holder(self) -> str:
+        """The name of this process for leases and snapshots: unique among all processes that ever use the store."""
+        ...
 
-        A word may move, as when a damaged file is replaced. The old one is changed then, for the last time; so whoever
-        sees a word change asks for its place again, and remembers what stands there, before the record is loaded.
+    def is_gone(self, holder: str) -> bool:
+        """Return whether the process of that name is known to have ended; False where that cannot be told."""
+        ...
+
+    def version_ref(self, tenant: str) -> tuple[Sequence[int], int]:
+        """Return where the version word of a tenant stands: a sequence, and the index in it.
+
+        The place may change, as when a file is replaced. The word at the old place changes then for the last time, so
+        a reader that sees any change asks for the place again.
         """
         ...
 
-    def load(self, tenant: str) -> Record:
-        """The record as it stands."""
+    def load(self, tenant: str) -> Entry:
+        """Return the entry as this process sees it, without waiting.
+
+        Raises:
+            StoreError: It cannot be read.
+        """
         ...
 
-    def invalidate(self, tenant: str) -> int:
-        """Raise the generation; returns it. Durable before it returns, visible to all within the store's bound."""
-        ...
-
-    def acquire(self, tenant: str, *, seconds: float, metered: bool) -> Acquired:
-        """Try to get the lease; never waits.
+    def transact(self, tenant: str, transition: Transition[T], *, delivery_ids: Sequence[str] = ()) -> T:
+        """Apply a transition atomically and return its result; may wait for the store, for a bounded time.
 
         Args:
             tenant: The tenant.
-            seconds: The life of the lease, should its holder die.
-            metered: Whether this read is caused by an invalidation and must take a token from the bucket.
+            transition: A pure function; it may be called more than once, and its last result is stored.
+            delivery_ids: The ids of which the transition wants to know whether the store holds them.
+
+        Raises:
+            StoreError: Nothing was stored, as far as can be told; an unanswered write may have been stored.
+            Exception: Whatever the transition raises; nothing was stored then.
         """
         ...
 
-    def put(self, lease: Lease, snapshot: Snapshot) -> bool:
-        """Store what the read gave and end the lease; clears the failure.
+    def touch(self, tenant: str) -> None:
+        """Change the version word, so that every reader loads the entry again."""
+        ...
 
-        Returns False, and stores nothing, where the generation has risen since the lease was given, or a later lease
-        has been given meanwhile. Raises nothing.
+    def poll(self) -> Collection[str]:
+        """Return the tenants whose entry another process changed since the last call; also does maintenance.
+
+        Raises:
+            StoreError: The store cannot be used.
         """
-        ...
-
-    def fail(self, lease: Lease, failure: Failure) -> bool:
-        """Store that the read failed and end the lease; the snapshot stays. Refused like `put`."""
-        ...
-
-    def release(self, lease: Lease) -> None:
-        """End the lease without a result."""
-        ...
-
-    def wait(self, tenant: str, word: int, seconds: float) -> None:
-        """Return when the tenant's word is no longer `word`, at the latest after so many seconds."""
-        ...
-
-    def changed(self) -> Sequence[str]:
-        """The tenants whose record another process changed since the last call; never waits."""
         ...
 
     def attach(self, wake: Callable[[], None]) -> None:
-        """Have `wake` called, from any thread, when `changed` has something new and should not wait for the poll."""
-        ...
-
-    def deliver(self, tenant: str, delivery_id: str, *, seconds: float) -> int | None:
-        """Raise the generation as `invalidate` does, unless this delivery id was seen within so many seconds.
-
-        Returns the raised generation, or None for a duplicate, which changes nothing. Both in one atomic step over
-        all processes: whoever dies halfway has neither raised the generation nor remembered the id.
-        """
+        """Have `wake` called, from any thread, when `poll` has something before its time."""
         ...
 
     def append(self, event: Event) -> None:
-        """Add a row to the history."""
+        """Add a history row that belongs to no transition.
+
+        Raises:
+            StoreError: It could not be added.
+        """
         ...
 
     def history(self, *, tenant: str | None = None, limit: int = 100, before: int | None = None) -> Sequence[Event]:
-        """Rows of history, newest first; `before` is the id of a row to go on from."""
+        """Return rows of history, newest first.
+
+        Args:
+            tenant: Only rows of this tenant; None: of every tenant that the store was made for.
+            limit: The most rows, >= 1.
+            before: Only rows with a lower id than this.
+
+        Raises:
+            StoreError: The rows cannot be read.
+        """
         ...
 
     def report(self, members: Sequence[Member]) -> None:
-        """Tell the others what this process serves; forgotten after a minute without a new report."""
+        """Store the heartbeats of this process, which are listed for `MEMBER_SECONDS`.
+
+        Raises:
+            StoreError: They could not be stored.
+        """
         ...
 
     def members(self, tenant: str | None = None) -> Sequence[Member]:
-        """What every living process serves, this one included once it has reported."""
+        """Return the heartbeats of all processes.
+
+        Raises:
+            StoreError: They cannot be read.
+        """
         ...
 
     def health(self) -> Health:
-        """What the store says of itself; never waits."""
+        """Return whether the store works as configured; never waits."""
+        ...
+
+    def start(self) -> None:
+        """Start the threads of the store, if it has any; idempotent and cheap."""
         ...
 
     def after_fork(self) -> None:
-        """In a forked child, before anything else: let go of every socket, lock and handle of the parent."""
+        """Forget the sockets, locks and threads of the parent; called in a forked child before anything else."""
         ...
 
     def close(self) -> None:
-        """End threads and handles within a second; idempotent. The store may be used again after it."""
+        """End threads and handles within a second; idempotent. A later use begins anew."""
         ...
