@@ -1,396 +1,617 @@
-"""The heart: answers that never wait while one may be served; what is seen, what is noticed, what is due.
+"""The cache of one process: serves entries from memory, refreshes them in the background, coalesces reads.
 
-How a value travels::
+::
 
-    lookup ── servable? ── yes ──> answer at once; not fresh: a flight starts behind the caller's back
-                           no  ──> join the flight, wait with a deadline, judge again
+    lookup ── servable? ── yes ──> return at once; where it is not fresh, a read starts in the background
+                           no  ──> join the flight, wait with a deadline, evaluate again
 
-Threads meet here and in `flights`. No lock is held across I/O, a callback or an emit. The record is one reference,
-replaced whole, and the word remembered beside it was seen *before* it was loaded, so whoever races finds a word that
-differs and loads again.
+Everything that this process holds about a tenant is in one `_Tenant`, guarded by one lock. The lock is never held
+across I/O or a callback. The entry at hand is one reference, replaced whole, together with the version word that was
+seen *before* the entry was loaded; a reader that finds another word loads again.
 """
 
 from __future__ import annotations
 
 import asyncio
-import threading
-from collections.abc import Callable, Iterable
-from concurrent.futures import TimeoutError as FutureTimeoutError
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from enum import StrEnum
 from functools import partial
+from typing import NamedTuple, Protocol
 
 from external_oms.clock import Clock
-from external_oms.errors import NothingToServe, TenantError, Unavailable
-from external_oms.flights import Flight, Flights, ReadEnd
-from external_oms.flights import Source as ReadSource
-from external_oms.freshness import Freshness, Windows
-from external_oms.judgement import Answer, Source, State, blocked_until, due_at, error_of, last_number, state_of
-from external_oms.seats import Change, ChangeKind, Seats, Warrant
+from external_oms.entry import Entry, Invalidated, Invalidation, last_token, retry_at
+from external_oms.errors import NothingToServe, ReadError, StoreError, TenantError, Unavailable
+from external_oms.policy import (
+    Evaluation,
+    Freshness,
+    Source,
+    State,
+    Windows,
+    degraded_jitter_seconds,
+    error_of,
+    evaluate,
+    refresh_at,
+    state_of,
+)
+from external_oms.scheduler import Runner
 from external_oms.signals import Signal
-from external_oms.stores.base import Record, Store
-from external_oms.workers import Runner
+from external_oms.singleflight import Flight, Reader, ReadEnd, Slot, join
+from external_oms.singleflight import Source as ReadSource
+from external_oms.stores.base import Store
 
-__all__ = ["Cache", "Change", "ChangeKind"]
+__all__ = ["Cache", "CacheStore", "Change", "ChangeKind", "Validity"]
 
 WAIT_GRACE_SECONDS = 0.25
-"""How much longer than a read may last its waiters wait: so that they get its failure, not their own deadline."""
+"""How much longer than a read its callers wait, so that they get its error and not a deadline of their own."""
+
+BATCH_SECONDS = 30.0
+"""How long an invalidation waits for the store: several times the deadline of every store, which ends the wait."""
+
+_RANK = {Freshness.FRESH: 0, Freshness.STALE: 1, Freshness.EXPIRED: 2}
+
+Validity = tuple[float, Sequence[int], int, int | None]
+"""Until when, and while which version word stands at which place, an evaluation may be served again."""
+
+
+class CacheStore(Store, Protocol):
+    """A store as the cache uses it: one that keeps working when a shared store fails."""
+
+    def invalidate(self, tenant: str, requests: Sequence[Invalidation]) -> tuple[tuple[Invalidated, ...], bool]:
+        """Invalidate; return the results, and whether all who share the store see the invalidation."""
+        ...
+
+    def is_own(self, writer: str) -> bool:
+        """Return whether this process wrote under that name."""
+        ...
+
+
+class ChangeKind(StrEnum):
+    """What changed."""
+
+    VALUE = "value"
+    """The value."""
+    STATE = "state"
+    """The generation, the freshness or the failure."""
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A change of a tenant, made by this process or by another one."""
+
+    tenant: str
+    kind: ChangeKind
+    evaluation: Evaluation
+
+
+class _Loaded(NamedTuple):
+    """An entry, and the version word that was seen before it was loaded.
+
+    `number` counts loads in the order in which they started; of two that run at once the later one is kept.
+    """
+
+    number: int
+    versions: Sequence[int]
+    index: int
+    version: int | None
+    entry: Entry
+
+
+class _Batch:
+    """Invalidations of one tenant that become one transition."""
+
+    __slots__ = ("done", "requests")
+
+    def __init__(self) -> None:
+        self.requests: list[Invalidation] = []
+        self.done: Future[tuple[tuple[Invalidated, ...], bool]] = Future()
+
+
+class _Tenant(Slot):
+    """Everything that this process holds about a tenant.
+
+    Attributes:
+        loaded: The entry at hand.
+        loads: How many loads were started.
+        published: The evaluation that subscribers know.
+        planned: The entry for which a refresh is planned.
+        waiters: How many callers of `wait_for_generation` wait.
+        batch: The invalidations that are under way, or were last.
+        next_batch: The invalidations that follow them.
+    """
+
+    __slots__ = ("batch", "loaded", "loads", "next_batch", "planned", "published", "waiters")
+
+    def __init__(self, tenant: str) -> None:
+        super().__init__(tenant)
+        self.loaded = _Loaded(0, (0,), 0, None, Entry())
+        self.loads = 0
+        self.published: Evaluation | None = None
+        self.planned: Entry | None = None
+        self.waiters = 0
+        self.batch: _Batch | None = None
+        self.next_batch: _Batch | None = None
 
 
 class Cache:
-    """The snapshots of some tenants, over one store and one source.
+    """The values of some tenants.
 
     Args:
-        tenants: Their names.
-        store: Where records live.
-        source: Reads the API for a tenant: `(tenant, etag) -> Reading`; raises `ReadError` and nothing else.
-        windows: How long a value lives.
+        tenants: The names of the tenants.
+        store: Holds the entries.
+        source: Reads the API for a tenant, `(tenant, etag) -> Reading`; raises `ReadError`.
+        windows: How long a value may be served.
         timeout_seconds: The longest that one read lasts, > 0.
-        clock: What tells the time.
-        random: Gives numbers in [0, 1).
-        background: Whether values are read again before they grow stale, without an evaluation asking.
-        runner: Makes the threads, given the poll and its interval.
+        clock: Tells the time.
+        random: Returns numbers in [0, 1).
+        background: Whether values are refreshed without an evaluation that asks for them.
+        waits_after_failure: Whether an evaluation waits for a read although the last read failed and nothing may be
+            served: right where nothing reads in the background and no answer is configured for that case.
+        max_waiters: The most callers of `wait_for_generation` per tenant that wait at once, >= 0.
+        runner: Makes the runner, from the poll and its interval in seconds.
 
     Attributes:
-        tenants: The names of the configured tenants.
-        polls: Told after each look for changes by others, on the thread that keeps due times.
+        tenants: The names of the tenants.
+        changes: Sent after a change, by this process or another one.
+        reads: Sent after a read by this process ended.
+        lease_waits: Sent with the tenant when a read finds that another process is reading.
     """
 
-    def __init__(  # noqa: PLR0913 - the seams of the heart, each named at the one place that makes it
+    def __init__(  # noqa: PLR0913 - the seams of the cache, named at the one place that makes it
         self,
         *,
         tenants: Iterable[str],
-        store: Store,
+        store: CacheStore,
         source: ReadSource,
         windows: Windows,
         timeout_seconds: float,
         clock: Clock,
         random: Callable[[], float],
         background: bool,
+        waits_after_failure: bool,
+        max_waiters: int,
         runner: Callable[[Callable[[], None], float | None], Runner],
     ) -> None:
         self.tenants = tuple(tenants)
-        self._known = frozenset(self.tenants)
-        self.polls: Signal[None] = Signal()
+        self.changes: Signal[Change] = Signal()
+        self._states = {tenant: _Tenant(tenant) for tenant in self.tenants}
         self._store = store
+        self._windows = windows
         self._timeout_seconds = timeout_seconds
         self._clock = clock
         self._random = random
         self._background = background
-        self._runner = runner(self._poll, store.poll_seconds)
-        self._flights = Flights(
-            tenants=self.tenants,
-            store=store,
-            source=source,
-            runner=self._runner,
-            clock=clock,
-            random=random,
-            ttl_seconds=windows.ttl_seconds,
-            timeout_seconds=timeout_seconds,
-            landed=self._catch_up,
+        self._waits_after_failure = waits_after_failure
+        self._max_waiters = max_waiters
+        self._closed = False
+        self._reader = Reader(
+            store=store, source=source, clock=clock, random=random, windows=windows, timeout_seconds=timeout_seconds
         )
-        self._seats = Seats(self.tenants, store=store, windows=windows, clock=clock)
-        self._plans: dict[str, Record] = {}
-        self._planning = threading.Lock()  # guards the plans
-        store.attach(self._runner.wake)
-
-    @property
-    def changes(self) -> Signal[Change]:
-        """Told whenever something changed, in this process or another."""
-        return self._seats.changes
+        self.runner = runner(self._poll, store.poll_seconds)
+        store.attach(self.runner.wake)
 
     @property
     def reads(self) -> Signal[ReadEnd]:
-        """Told whenever a read by this process ended and its outcome was stored."""
-        return self._flights.ended
+        """Sent after a read by this process ended."""
+        return self._reader.ended
 
     @property
     def lease_waits(self) -> Signal[str]:
-        """Told the tenant when a read finds that another process is at it, and waits for its result."""
-        return self._flights.waits
-
-    # -- asking ---------------------------------------------------------------------------------------------------
+        """Sent with the tenant when a read finds that another process is reading."""
+        return self._reader.lease_waits
 
     def tenant_of(self, name: object) -> str:
-        """The configured tenant that a call means by this name, or by None.
+        """Return the configured tenant of that name; the only one for None.
 
         Raises:
-            TenantError: No such tenant is configured, or none is named where several are.
+            TenantError: No such tenant is configured, or None is given and several are.
         """
+        if isinstance(name, str) and name in self._states:
+            return name
         if name is None:
             if len(self.tenants) == 1:
                 return self.tenants[0]
             raise TenantError(None, "several tenants are configured and the call names none; name it as `tenant`")
-        if isinstance(name, str) and name in self._known:
-            return name
         raise TenantError(str(name)[:80], f"tenant {str(name)[:80]!r} is not configured")
 
-    def warrant(self, answer: Answer) -> Warrant:
-        """Until when, and while which word stands where, a fresh answer may be given again without asking."""
-        return self._seats.warrant(answer)
+    # -- evaluate ---------------------------------------------------------------------------------------------------
 
-    @staticmethod
-    def remembered(answer: Answer) -> Answer:
-        """The answer as it is given again: from this process's memory, unless another process read it."""
-        return replace(answer, source=Source.STORE if answer.record.foreign else Source.MEMORY)
-
-    def peek(self, tenant: str) -> Answer:
-        """What may be served now, without waiting and without starting a read."""
-        return self._seats.judge(tenant)
-
-    def lookup(self, tenant: str) -> Answer:
-        """What may be served now; waits for a read, with a deadline, only where nothing may be served without."""
-        answer, flight = self._board(tenant)
-        if flight is None:
-            return answer
+    def lookup(self, tenant: str) -> Evaluation:
+        """Return what may be served now; wait for a read, with a deadline, only where nothing may be served."""
+        state = self._states[tenant]
+        evaluation, flight = self._evaluate_or_join(state)
         until = self._deadline()
         while flight is not None:
-            try:
-                flight.done.result(max(0.0, until - self._clock.monotonic()))
-            except FutureTimeoutError:
-                return self._seats.judge(tenant, failing=True)
-            answer, flight = self._land(tenant, flight, until)
-        return answer
+            if not self.runner.wait(flight.done, until - self._clock.monotonic()):
+                return self._evaluate(state, failing=True)
+            evaluation, flight = self._after_flight(state, flight, until)
+        return evaluation
 
-    async def lookup_async(self, tenant: str) -> Answer:
-        """As `lookup`; waits without holding the event loop, and shares the flights of threads."""
-        answer, flight = self._board(tenant)
-        if flight is None:
-            return answer
-        until, loop = self._deadline(), asyncio.get_running_loop()
+    async def lookup_async(self, tenant: str) -> Evaluation:
+        """Return what `lookup` returns, without blocking the event loop; shares the flights of threads."""
+        state = self._states[tenant]
+        evaluation, flight = self._evaluate_or_join(state)
+        until = self._deadline()
         while flight is not None:
-            # a future of the waiter's own: cancelled, it does not cancel the flight of the others
-            landing: asyncio.Future[None] = loop.create_future()
-            flight.done.add_done_callback(partial(_wake, loop, landing))
-            try:
-                await asyncio.wait_for(landing, max(0.0, until - self._clock.monotonic()))
-            except TimeoutError:
-                return self._seats.judge(tenant, failing=True)
-            answer, flight = self._land(tenant, flight, until)
-        return answer
+            if not await _wait_async(flight.done, until - self._clock.monotonic()):
+                return self._evaluate(state, failing=True)
+            evaluation, flight = self._after_flight(state, flight, until)
+        return evaluation
 
-    def _board(self, tenant: str) -> tuple[Answer, Flight | None]:
-        """The answer, and the flight to wait for where the answer alone will not do."""
-        self._runner.start()
-        answer = self._seats.judge(tenant)
-        if answer.freshness is Freshness.FRESH:
-            self._schedule(tenant, answer.record)
-            return answer, None
-        blocked = blocked_until(answer.record) > self._clock.monotonic()
-        if blocked or (answer.servable and self._background):
-            self._schedule(tenant, answer.record)
-            return answer, None
-        flight = self._flights.join(tenant, generation=answer.record.generation, newer_than=last_number(answer.record))
-        return answer, None if answer.servable else flight
-
-    def _land(self, tenant: str, flight: Flight, until: float) -> tuple[Answer, Flight | None]:
-        """The answer after a flight has ended, and the next one to wait for where an invalidation overtook it."""
-        error = flight.done.result(0)
-        answer = self._seats.judge(tenant, failing=error is not None)
-        snapshot = answer.servable
-        if snapshot is not None:
-            own = flight.read_number is not None and snapshot.read_number == flight.read_number
-            return (replace(answer, source=Source.API) if own else answer), None
-        if error is not None or self._clock.monotonic() >= until:
-            return answer, None
-        return self._board(tenant)
-
-    def failure(self, answer: Answer) -> NothingToServe:
-        """The error that says why there is nothing to serve."""
-        failure = answer.record.failure
-        return NothingToServe(answer.tenant, error_of(failure, now=self._clock.monotonic()) if failure else None)
+    def peek(self, tenant: str) -> Evaluation:
+        """Return what may be served now, without waiting and without starting a read."""
+        return self._evaluate(self._states[tenant])
 
     def state(self, tenant: str) -> State:
-        """What is known of a tenant; never waits."""
+        """Return what is known of a tenant; never waits."""
         return state_of(self.peek(tenant), now=self._clock.monotonic())
 
-    # -- changing -------------------------------------------------------------------------------------------------
+    def failure(self, evaluation: Evaluation) -> NothingToServe:
+        """Return the error that says why nothing may be served."""
+        failure = evaluation.entry.failure
+        return NothingToServe(evaluation.tenant, error_of(failure, now=self._clock.monotonic()) if failure else None)
 
-    def refresh(self, tenant: str) -> Answer:
-        """Read the API now: a read that begins after this call, whatever is under way.
+    def validity(self, evaluation: Evaluation) -> Validity:
+        """Return how long a fresh evaluation may be served again without asking."""
+        loaded = self._states[evaluation.tenant].loaded
+        # where a later entry is at hand, the version is one that never stands, and the evaluation is served once
+        version = loaded.version if loaded.entry is evaluation.entry else None
+        return evaluation.fresh_until, loaded.versions, loaded.index, version
 
-        Raises:
-            ReadError: It failed; what is served otherwise stays as it was.
-        """
-        self._runner.start()
-        now = self._clock.monotonic()
-        record = self._store.load(tenant)
-        if record.failure is not None and record.failure.obliged and blocked_until(record) > now:
-            raise error_of(record.failure, now=now)
-        flight = self._flights.join(tenant, generation=record.generation, newer_than=record.reads, forced=True)
-        try:
-            error = flight.done.result(2 * self._timeout_seconds + WAIT_GRACE_SECONDS)
-        except FutureTimeoutError as late:
-            raise Unavailable("the read did not end within its deadline; another process's read may be stuck") from late
-        if error is not None:
-            raise error
-        answer = self._seats.judge(tenant)
-        own = answer.record.snapshot is not None and answer.record.snapshot.read_number == flight.read_number
-        return replace(answer, source=Source.API) if own else answer
+    def _evaluate_or_join(self, state: _Tenant) -> tuple[Evaluation, Flight | None]:
+        """Return the evaluation, and the flight to wait for where the evaluation has nothing to serve."""
+        self.runner.start()
+        evaluation = self._evaluate(state)
+        entry = evaluation.entry
+        if evaluation.freshness is Freshness.FRESH or retry_at(entry) > self._clock.monotonic():
+            self._plan(state, entry)
+            return evaluation, None
+        answered = evaluation.servable is not None or (entry.failure is not None and not self._waits_after_failure)
+        if answered and self._background:
+            self._plan(state, entry)
+            return evaluation, None
+        flight = self._join(state, generation=entry.generation, newer_than=last_token(entry))
+        return evaluation, None if answered else flight
 
-    def invalidate(self, tenant: str) -> int:
-        """Raise the generation: nothing read before this call is served as fresh after it; a read follows.
+    def _after_flight(self, state: _Tenant, flight: Flight, until: float) -> tuple[Evaluation, Flight | None]:
+        """Return the evaluation after a flight, and the next flight to wait for where there is still nothing."""
+        error = flight.done.result(0)
+        evaluation = self._evaluate(state, failing=error is not None)
+        if evaluation.servable is not None:
+            return self._from_api(evaluation, flight), None
+        if error is not None or self._clock.monotonic() >= until:
+            return evaluation, None
+        return self._evaluate_or_join(state)
 
-        Returns:
-            The new generation.
-        """
-        generation = self._store.invalidate(tenant)
-        self.follow(tenant)
-        return generation
+    @staticmethod
+    def _from_api(evaluation: Evaluation, flight: Flight) -> Evaluation:
+        snapshot = evaluation.entry.snapshot
+        own = snapshot is not None and flight.token is not None and snapshot.token == flight.token
+        return replace(evaluation, source=Source.API) if own else evaluation
 
-    def deliver(self, tenant: str, delivery_id: str, *, seconds: float) -> int | None:
-        """As `invalidate`, once per delivery id; None where the id was seen within so many seconds."""
-        generation = self._store.deliver(tenant, delivery_id, seconds=seconds)
-        if generation is not None:
-            self.follow(tenant)
-        return generation
-
-    def follow(self, tenant: str) -> None:
-        """Take note of a change made to the store just now and have a read follow an invalidation."""
-        self._runner.start()
-        answer = self._seats.judge(tenant)
-        if self._background and answer.freshness is not Freshness.FRESH:
-            self._schedule(tenant, answer.record)
-
-    def validate(self, tenant: str, generation: int) -> Answer | None:
-        """An answer read at this generation or a later one, waiting as long as one read lasts; None where none came.
-
-        Comes back at once where the API asked to wait. Where the bucket is empty, one caller waits for the read that
-        was put off, by a second at the most, and the others come back at once: a storm must not hold every thread of
-        the server, and deliveries that come one by one are all answered after their read.
-        """
-        until = self._deadline()
-        while True:
-            answer = self._seats.judge(tenant)
-            record, now = answer.record, self._clock.monotonic()
-            if record.snapshot is not None and record.snapshot.generation >= generation:
-                return answer
-            if blocked_until(record) > now or now >= until:
-                return None
-            flight = self._flights.join(tenant, generation=record.generation, newer_than=last_number(record))
-            try:
-                if not flight.heard.result(until - now) and not flight.claim_patience():
-                    return None
-                if flight.done.result(max(0.0, until - self._clock.monotonic())) is not None:
-                    return None
-            except FutureTimeoutError:
-                return None
-
-    # -- due times ------------------------------------------------------------------------------------------------
-
-    def _poll(self) -> None:
-        for tenant in self._store.changed():
-            if tenant in self._known:
-                self._catch_up(tenant)
-        self.polls.tell(None)
-
-    def _catch_up(self, tenant: str) -> None:
-        """Take note of the record as it stands, and of when it is due."""
-        self._schedule(tenant, self._seats.judge(tenant).record)
-
-    def start(self) -> None:
-        """Begin to read every tenant in the background, where that is wanted; idempotent."""
-        self._runner.start()
-        for tenant in self.tenants:
-            self._catch_up(tenant)
-
-    def _schedule(self, tenant: str, record: Record) -> None:
-        """Plan the next read by a record, once: each draw of the dice would make it a little earlier."""
-        if not self._background:
-            return
-        with self._planning:
-            if self._plans.get(tenant) is record:
-                return
-            self._plans[tenant] = record
-        when = due_at(
-            record, now=self._clock.monotonic(), random=self._random(), spread_seconds=self._store.spread_seconds
+    def _evaluate(self, state: _Tenant, *, failing: bool = False) -> Evaluation:
+        entry = self._load(state)
+        evaluation = evaluate(
+            state.tenant,
+            entry,
+            now=self._clock.monotonic(),
+            windows=self._windows,
+            source=Source.STORE if self._is_foreign(entry) else Source.MEMORY,
+            failing=failing,
         )
-        self._runner.at(when, partial(self._fall_due, tenant, record))
+        published = state.published
+        if not failing and (
+            published is None or published.entry is not entry or published.freshness is not evaluation.freshness
+        ):
+            self._publish(state, evaluation)
+        return evaluation
 
-    def _fall_due(self, tenant: str, planned: Record, *, apart: bool = False) -> None:
-        parting = 0.0 if apart else self._seats.parting_seconds(planned, self._random())
-        with self._planning:
-            if self._plans.get(tenant) is not planned:
-                return  # the plan was made anew, by a later record
-            if not parting:
-                del self._plans[tenant]
-        if parting:
-            self._runner.at(self._clock.monotonic() + parting, partial(self._fall_due, tenant, planned, apart=True))
-            return
-        record = self._seats.judge(tenant).record
-        if record is planned:
-            self._flights.join(tenant, generation=record.generation, newer_than=last_number(record))
-        else:
-            self._schedule(tenant, record)
+    def _is_foreign(self, entry: Entry) -> bool:
+        return entry.snapshot is not None and not self._store.is_own(entry.snapshot.writer)
+
+    def _load(self, state: _Tenant) -> Entry:
+        """Return the entry at hand, loaded again where its version word has changed."""
+        loaded = state.loaded
+        if loaded.version is not None and loaded.versions[loaded.index] == loaded.version:
+            return loaded.entry
+        with state.lock:
+            number = state.loads = state.loads + 1
+        versions, index = self._store.version_ref(state.tenant)
+        version: int | None = versions[index]
+        entry = self._store.load(state.tenant)
+        if not entry.verified:
+            version = None  # it is loaded again at the next look
+        with state.lock:
+            if number > state.loaded.number:
+                if entry == state.loaded.entry:
+                    entry = state.loaded.entry
+                state.loaded = _Loaded(number, versions, index, version, entry)
+            return state.loaded.entry
+
+    def _publish(self, state: _Tenant, evaluation: Evaluation) -> None:
+        with state.lock:
+            before = state.published
+            if evaluation.entry is not state.loaded.entry:
+                return  # the thread that loaded the later entry publishes it
+            if (
+                before is not None
+                and before.entry is evaluation.entry
+                and _RANK[before.freshness] >= _RANK[evaluation.freshness]
+            ):
+                return  # an entry only loses freshness with time, and another thread has published as much
+            state.published = evaluation
+            had = before.entry.snapshot if before is not None else None
+            has = evaluation.entry.snapshot
+            changed = had is not None and has is not None and had.enabled is not has.enabled
+            self.changes.enqueue(
+                Change(state.tenant, ChangeKind.VALUE if changed else ChangeKind.STATE, evaluation)
+            )
+        self.changes.flush()
+
+    # -- read -------------------------------------------------------------------------------------------------------
 
     def _deadline(self) -> float:
         return self._clock.monotonic() + self._timeout_seconds + WAIT_GRACE_SECONDS
 
-    def warm(self) -> list[Answer]:
-        """What may be served of each tenant, after a read where need be; waits no longer than one read may last."""
+    def _join(self, state: _Tenant, *, generation: int, newer_than: int, forced: bool = False) -> Flight:
+        until = self._clock.monotonic() + 2 * self._timeout_seconds
+        with state.lock:
+            flight, starts = join(state, generation=generation, newer_than=newer_than, forced=forced, until=until)
+            if self._closed:
+                state.flight = state.next_flight = None
+                flight.end(_shut_down())
+                return flight
+        if starts:
+            self.runner.submit(partial(self._fly, state, flight))
+        return flight
+
+    def _fly(self, state: _Tenant, flight: Flight) -> None:
+        """Make progress with a flight, on a worker thread; later again where it has to wait."""
+        with state.lock:
+            flight.parked = False
+        pause = self._reader.attempt(state, flight)
+        if pause is not None:
+            with state.lock:
+                flight.parked = True
+            self.runner.at((state.tenant, "flight"), self._clock.monotonic() + pause, partial(self._resume, state))
+            return
+        with state.lock:
+            following = state.detach(flight)
+        if following is not None:
+            self.runner.submit(partial(self._fly, state, following))
+        self._sync(state)
+
+    def _resume(self, state: _Tenant) -> None:
+        with state.lock:
+            flight = state.flight
+            if flight is None or not flight.parked:
+                return
+            flight.parked = False
+        self.runner.submit(partial(self._fly, state, flight))
+
+    def refresh(self, tenant: str) -> Evaluation:
+        """Read the API by a read that begins after this call, and return the evaluation after it.
+
+        Raises:
+            ReadError: The read failed; the value that is served otherwise stays as it was.
+        """
+        self.runner.start()
+        state = self._states[tenant]
+        entry = self._load(state)
+        now = self._clock.monotonic()
+        failure = entry.failure
+        if failure is not None and failure.server_retry_at is not None and failure.server_retry_at > now:
+            raise error_of(failure, now=now)
+        flight = self._join(state, generation=entry.generation, newer_than=entry.token, forced=True)
+        if not self.runner.wait(flight.done, 2 * self._timeout_seconds + WAIT_GRACE_SECONDS):
+            raise Unavailable("the read did not end within its deadline; the read of another process may hang")
+        error = flight.done.result(0)
+        if error is not None:
+            raise error
+        return self._from_api(self._evaluate(state), flight)
+
+    # -- invalidate -------------------------------------------------------------------------------------------------
+
+    def invalidate(self, tenant: str, request: Invalidation) -> tuple[Invalidated, bool]:
+        """Serve nothing that was read before this call as fresh; where the background reads, a read begins.
+
+        Invalidations of one tenant that arrive while one is under way become one transition.
+
+        Returns:
+            The result, and whether all who share the store see the invalidation.
+        """
+        self.runner.start()
+        state = self._states[tenant]
+        result, shared = self._invalidate_together(state, request)
+        if not result.duplicate:
+            evaluation = self._evaluate(state)
+            entry = evaluation.entry
+            if self._background and retry_at(entry) <= self._clock.monotonic():
+                self._join(state, generation=result.generation, newer_than=last_token(entry))
+        return result, shared
+
+    def _invalidate_together(self, state: _Tenant, request: Invalidation) -> tuple[Invalidated, bool]:
+        """Add a request to the batch that runs next; whoever opened the batch runs it."""
+        with state.lock:
+            leads = state.next_batch is None
+            batch = state.next_batch = state.next_batch or _Batch()
+            place = len(batch.requests)
+            batch.requests.append(request)
+            before = state.batch
+        if leads:
+            if before is not None:
+                self.runner.wait(before.done, BATCH_SECONDS)
+            with state.lock:
+                state.batch, state.next_batch = batch, None  # closed: a later request opens the next one
+            try:
+                batch.done.set_result(self._store.invalidate(state.tenant, batch.requests))
+            except BaseException as error:
+                batch.done.set_exception(error)
+                raise
+        elif not self.runner.wait(batch.done, BATCH_SECONDS):
+            raise StoreError("the store did not take the invalidation in time")
+        results, shared = batch.done.result(0)
+        return results[place], shared
+
+    def wait_for_generation(self, tenant: str, generation: int) -> Evaluation | None:
+        """Return an evaluation of a value that was read under this generation or a later one; None where none came.
+
+        Waits as long as one read may last. Returns None at once where a failed read forbids another one for now, or
+        where as many callers wait for this tenant as may: a series of deliveries for a tenant whose API hangs must not
+        occupy every thread of a server.
+        """
+        state = self._states[tenant]
+        with state.lock:
+            may_wait = state.waiters < self._max_waiters
+            state.waiters += may_wait
+        try:
+            until = self._deadline()
+            while True:
+                evaluation = self._evaluate(state)
+                entry, now = evaluation.entry, self._clock.monotonic()
+                if entry.snapshot is not None and entry.snapshot.generation >= generation:
+                    return evaluation
+                if not may_wait or retry_at(entry) > now or now >= until:
+                    return None
+                flight = self._join(state, generation=generation, newer_than=last_token(entry))
+                if not self.runner.wait(flight.done, until - now) or flight.done.result(0) is not None:
+                    return None
+        finally:
+            with state.lock:
+                state.waiters -= may_wait
+
+    # -- background -------------------------------------------------------------------------------------------------
+
+    def _poll(self) -> None:
+        for tenant in self._store.poll():
+            state = self._states.get(tenant)
+            if state is not None:
+                self._sync(state)
+                self._resume(state)  # a flight that waits for the lease of another process may go on
+
+    def _sync(self, state: _Tenant) -> None:
+        """Publish the entry as it stands, and plan its next refresh."""
+        self._plan(state, self._evaluate(state).entry)
+
+    def _plan(self, state: _Tenant, entry: Entry) -> None:
+        """Plan the next refresh of an entry, once: every draw of the jitter would bring it forward a little."""
+        if not self._background or state.planned is entry:
+            return
+        with state.lock:
+            if state.planned is entry:
+                return
+            state.planned = entry
+        when = refresh_at(
+            entry,
+            now=self._clock.monotonic(),
+            random=self._random(),
+            spread_seconds=self._store.spread_seconds,
+            foreign=self._is_foreign(entry),
+        )
+        if not self._store.health().ok:
+            when += degraded_jitter_seconds(
+                entry, random=self._random(), windows=self._windows, foreign=self._is_foreign(entry)
+            )
+        self.runner.at((state.tenant, "refresh"), when, partial(self._refresh_due, state, entry))
+
+    def _refresh_due(self, state: _Tenant, planned: Entry) -> None:
+        with state.lock:
+            if state.planned is not planned:
+                return
+            state.planned = None
+        entry = self._evaluate(state).entry
+        if entry is planned:
+            self._join(state, generation=entry.generation, newer_than=last_token(entry))
+        else:
+            self._plan(state, entry)
+
+    # -- life -------------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Start the threads of the store and of the background; idempotent."""
+        self._store.start()
+        self.runner.start()
+        self._sync_all()
+
+    def _sync_all(self) -> None:
+        for state in self._states.values():
+            self._sync(state)
+
+    def warm(self) -> list[Evaluation]:
+        """Return what may be served of each tenant, after a read where that is needed; waits as long as one read."""
         self.start()
         until = self._deadline()
-        boarded = [(tenant, *self._board(tenant)) for tenant in self.tenants]
-        answers = []
-        for tenant, answer, flight in boarded:
-            if flight is None:
-                answers.append(answer)
-                continue
-            try:
-                flight.done.result(max(0.0, until - self._clock.monotonic()))
-            except FutureTimeoutError:
-                answers.append(self._seats.judge(tenant, failing=True))
+        evaluations = []
+        for state, (evaluation, flight) in [(one, self._evaluate_or_join(one)) for one in self._states.values()]:
+            if flight is not None:
+                ended = self.runner.wait(flight.done, until - self._clock.monotonic())
+                failing = not ended or flight.done.result(0) is not None
+                evaluations.append(self._from_api(self._evaluate(state, failing=failing), flight))
             else:
-                answers.append(self._land(tenant, flight, until)[0])
-        return answers
-
-    def after(self, seconds: float, job: Callable[[], None]) -> None:
-        """Run a job that does not block, so many seconds from now."""
-        self._runner.at(self._clock.monotonic() + seconds, job)
-
-    # -- beginning and end ----------------------------------------------------------------------------------------
-
-    def run(self, job: Callable[[], None]) -> None:
-        """Run a job on a reader thread."""
-        self._runner.submit(job)
+                evaluations.append(evaluation)
+        return evaluations
 
     def after_fork(self) -> None:
-        """In a forked child: new locks, no flight of the parent, threads on first use; the warm values stay."""
-        self._runner.after_fork()
-        self._store.after_fork()
-        self._flights.after_fork()
-        self._seats.after_fork()
-        self._forget_plans()
+        """Forget the flights, locks and threads of the parent in a forked child; the values stay.
 
-    def _forget_plans(self) -> None:
-        self._plans, self._planning = {}, threading.Lock()
+        The child follows the store from now on and not from its first evaluation: one that is idle for minutes must
+        not answer with a value that was invalidated meanwhile.
+        """
+        started = any(state.planned is not None for state in self._states.values())
+        self.runner.after_fork()
+        self._store.after_fork()
+        self.changes.after_fork()
+        self._states = {tenant: _Tenant(tenant) for tenant in self._states}
+        if started and not self._closed:
+            self._store.start()
+            self.runner.start()
+            self.runner.at("after fork", self._clock.monotonic(), self._sync_all)  # not here: a load may wait
 
     def reopen(self) -> None:
-        """Take up work again after `close`."""
-        self._forget_plans()  # what fell due meanwhile was dropped
-        self._runner.reopen()
-        self._flights.reopen()
+        """Work again after `close`."""
+        self._closed = False
+        for state in self._states.values():
+            state.planned = None  # what was due meanwhile was dropped
+        self.runner.reopen()
 
     def close(self, seconds: float = 1.0, *, abort: Callable[[], None] | None = None) -> None:
-        """Wake every waiter and end the threads, within so many seconds; until `reopen` no read begins.
+        """Wake every waiter and end the threads within so many seconds; until `reopen` no read begins.
 
         Args:
-            seconds: The longest that it may take.
-            abort: Ends the reads under way, from outside of their threads.
+            seconds: The longest that it may take, > 0.
+            abort: Ends the reads that are under way, from another thread.
         """
-        self._flights.close()  # first: whatever is broken off from here on is no failure of the API
+        self._closed = True
+        for state in self._states.values():
+            with state.lock:
+                flights = [flight for flight in (state.flight, state.next_flight) if flight is not None]
+                state.flight = state.next_flight = None
+            for flight in flights:  # first: a read that is broken off from here on says nothing of the API
+                flight.end(_shut_down())
         if abort is not None:
             abort()
-        self._runner.close(seconds)
+        self.runner.close(seconds)
         self._store.close()
 
 
-def _wake(loop: asyncio.AbstractEventLoop, landing: asyncio.Future[None], _done: object) -> None:
-    """Wake a waiter from the thread in which its flight ended; where its loop is closed, nobody waits."""
-    with suppress(RuntimeError):
-        loop.call_soon_threadsafe(_set, landing)
+def _shut_down() -> ReadError:
+    return Unavailable("the provider was shut down")
 
 
-def _set(landing: asyncio.Future[None]) -> None:
-    if not landing.done():
-        landing.set_result(None)
+async def _wait_async(future: Future[ReadError | None], seconds: float) -> bool:
+    """Wait for a future without blocking the event loop; a waiter that is cancelled cancels nobody else's flight."""
+    loop = asyncio.get_running_loop()
+    woken: asyncio.Future[None] = loop.create_future()
+
+    def wake(_: object) -> None:
+        with suppress(RuntimeError):  # the loop is closed, so nobody waits
+            loop.call_soon_threadsafe(lambda: woken.done() or woken.set_result(None))
+
+    future.add_done_callback(wake)
+    try:
+        await asyncio.wait_for(woken, max(0.0, seconds))
+    except TimeoutError:
+        return future.done()
+    return True

@@ -294,11 +294,11 @@ class Invalidation:
     """One request to invalidate.
 
     Attributes:
-        event: The history row that records it.
+        event: The history row that records it; None where the caller records it otherwise.
         delivery_id: The id that makes a repetition a duplicate; None where every call counts.
     """
 
-    event: Event
+    event: Event | None = None
     delivery_id: str | None = None
 
 
@@ -318,12 +318,12 @@ class Invalidated:
 def invalidate(
     entry: Entry, moment: Moment, requests: Sequence[Invalidation], *, at_least: int = 0
 ) -> Change[tuple[Invalidated, ...]]:
-    """Raise the generation once for a batch of requests, of which repeated deliveries count for nothing.
+    """Raise the generation by a batch of requests, of which repeated deliveries count for nothing.
 
     Args:
         entry: The entry.
         moment: The circumstances; `seen` holds the delivery ids of the batch that the store knows.
-        requests: What is asked for, >= 1 request; all of them share one new generation.
+        requests: What is asked for, >= 1 request; all of them get the generation after the last one.
         at_least: The least new generation, for a process that knows a higher one than the store.
 
     Returns:
@@ -340,7 +340,7 @@ def invalidate(
             claimed.append(request.delivery_id)
     if all(duplicates):
         return Change(entry, tuple(Invalidated(entry.generation, duplicate=True) for _ in requests))
-    generation = max(entry.generation + 1, moment.floor, at_least)
+    generation = max(entry.generation + duplicates.count(False), moment.floor, at_least)
     lease = entry.lease
     if lease is not None and lease.overtaken_at is None:
         lease = replace(lease, overtaken_at=moment.now)
@@ -357,7 +357,7 @@ def invalidate(
         tuple(
             replace(request.event, detail=request.event.detail or f"generation {generation}")
             for request, duplicate in zip(requests, duplicates, strict=True)
-            if not duplicate
+            if request.event is not None and not duplicate
         ),
         tuple(claimed),
     )
@@ -463,7 +463,7 @@ def begin_read(
     if snapshot is not None and ends is not None and snapshot.token > newer_than and is_current(entry) and now < ends:
         return Change(entry, Satisfied())
     held = entry.lease
-    if held is not None and held.holder != dead_holder:
+    if held is not None and held.holder not in {holder, dead_holder}:  # one process has one read per tenant at most
         remaining = held.expires_at - now
         if 0 < remaining <= LEASE_LIFE_FACTOR * lease_seconds:
             return Change(entry, Busy(held.token, held.holder, remaining))

@@ -18,6 +18,7 @@
     ├── NothingToServe           no value may be served for this tenant                     .tenant .failure
     ├── SignatureError           a delivery is not genuine
     └── StoreError               the shared store cannot be used
+        └── StoreBusy            others use the shared store at this moment; try again
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ __all__ = [
     "ReadError",
     "SettingsError",
     "SignatureError",
+    "StoreBusy",
     "StoreError",
     "TenantError",
     "TokenError",
@@ -174,3 +176,7 @@ class SignatureError(ExternalOMSError):
 
 class StoreError(ExternalOMSError):
     """The shared store cannot be used: where it is, what is wrong with it, what to do."""
+
+
+class StoreBusy(StoreError):
+    """Others use the shared store at this moment; try again."""

@@ -1,4 +1,4 @@
-"""What people and deliveries do to a tenant: invalidate, read, write; each leaves a row of history."""
+"""Operations on a tenant by people and deliveries: invalidate, refresh, write. Each leaves a history row."""
 
 from __future__ import annotations
 
@@ -11,28 +11,27 @@ from typing import Protocol
 
 from external_oms.cache import Cache
 from external_oms.clock import Clock
-from external_oms.config import Document, Failure
-from external_oms.errors import ReadError, WriteError, WriteOutcomeUnknown
-from external_oms.flights import ReadEnd
-from external_oms.judgement import State, state_of
+from external_oms.config import Document
+from external_oms.entry import Invalidated, Invalidation
+from external_oms.errors import ReadError, StoreError, WriteError, WriteOutcomeUnknown
+from external_oms.policy import State, state_of
+from external_oms.records import Cause, Event
 from external_oms.signals import Signal
-from external_oms.stores.base import Cause, Event, Store
+from external_oms.stores.base import Store
 
-__all__ = ["Delivered", "Operations", "Writer"]
+__all__ = ["DeliveryResult", "Operations", "Writer"]
 
 logger = logging.getLogger("external_oms")
-
-DELIVERY_MEMORY_SECONDS = 86_400.0
-"""How long a delivery id is remembered: the platform sends late by minutes, its senders retry for hours."""
 
 READ_BACK_PAUSES_SECONDS = (0.0, 0.5, 1.0)
 """The pauses before each read after a write: a replica may lag, and an endpoint may allow one read a second."""
 
 UNKNOWN_PAUSES_SECONDS = (*READ_BACK_PAUSES_SECONDS, 2.0)
-"""The pauses after a write that nobody answered: an API that stumbles is back in seconds, or not for a while."""
+"""The pauses before each read after a write that was not answered: an API that fails for a moment works again within
+seconds."""
 
 READ_BACK_SECONDS = 20.0
-"""After so long no other read is begun: somebody waits for the answer, behind proxies that wait 30 to 60 seconds."""
+"""After how many seconds no further read begins: the caller waits for the answer, behind proxies that wait 30 to 60."""
 
 _READ_BACK = {
     True: "written and read back",
@@ -42,22 +41,22 @@ _READ_BACK = {
 
 
 class Writer(Protocol):
-    """What writes a value to the config API."""
+    """Writes a value to the config API."""
 
     def write(self, enabled: bool) -> Document | None:
-        """Write it; the API's echo, where it gives one."""
+        """Write the value; return the value that the API confirms, where it does."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
-class Delivered:
-    """What came of a delivery.
+class DeliveryResult:
+    """The result of a delivery.
 
     Attributes:
         tenant: The tenant.
-        generation: Its generation now.
-        duplicate: Whether the delivery's id was seen before; then nothing else happened.
-        refreshed: Whether a value read after the delivery is stored.
+        generation: The generation of the tenant now.
+        duplicate: Whether the id of the delivery was seen before; then it changed nothing.
+        refreshed: Whether a value that was read after the delivery is stored.
         enabled: The last known value.
     """
 
@@ -69,17 +68,17 @@ class Delivered:
 
 
 class Operations:
-    """The changes of some tenants.
+    """Operations on some tenants.
 
     Args:
-        cache: Their cache.
+        cache: The cache of the tenants.
         store: The store under it, for the history.
-        writers: What writes to each tenant's config API.
-        clock: What tells the time.
+        writers: Write to the config API of each tenant.
+        clock: Tells the time.
         pause: Waits so many seconds between two reads after a write.
 
     Attributes:
-        deliveries: Told of every delivery, once it is known what came of it.
+        deliveries: Sent after every delivery that was taken.
     """
 
     def __init__(
@@ -96,61 +95,65 @@ class Operations:
         self._writers = writers
         self._clock = clock
         self._pause = pause
-        self.deliveries: Signal[Delivered] = Signal()
-        cache.reads.listen(self._read_ended)
+        self.deliveries: Signal[DeliveryResult] = Signal()
 
-    def deliver(self, tenant: str, *, delivery_id: str | None, actor: str) -> Delivered:
-        """Invalidate, read again, and say what came of it; a repeated id does nothing.
+    def deliver(self, tenant: str, *, delivery_id: str | None, actor: str) -> DeliveryResult:
+        """Invalidate, wait for the read that follows, and return the result; a repeated id changes nothing.
 
         Args:
             tenant: A configured tenant.
-            delivery_id: The delivery's id; None for a sender that gives none, whose every delivery counts.
+            delivery_id: The id of the delivery; None where the sender gives none, and then every delivery counts.
             actor: Who sent it, for the history.
+
+        Raises:
+            StoreError: The shared store could not take the delivery, so that other processes do not see it yet. This
+                process has invalidated all the same, and repeats the invalidation to the store; the sender repeats too.
         """
-        began = self._clock.monotonic()
-        if delivery_id is None:
-            generation: int | None = self._cache.invalidate(tenant)
-        else:
-            generation = self._cache.deliver(tenant, delivery_id, seconds=DELIVERY_MEMORY_SECONDS)
-        duplicate = generation is None
-        answer = None if generation is None else self._cache.validate(tenant, generation)
-        state = self._cache.state(tenant) if answer is None else state_of(answer, now=self._clock.monotonic())
-        refreshed = answer is not None
-        outcome = "a duplicate" if duplicate else "read again" if refreshed else "not read yet; a read follows"
-        self._append(
+        invalidated, shared = self._invalidate(tenant, Cause.DELIVERY, actor=actor, delivery_id=delivery_id)
+        if not shared:
+            raise StoreError("the shared store could not take the delivery; send it again in a moment")
+        evaluation = None
+        if not invalidated.duplicate:
+            evaluation = self._cache.wait_for_generation(tenant, invalidated.generation)
+        now = self._clock.monotonic()
+        state = state_of(evaluation or self._cache.peek(tenant), now=now)
+        result = DeliveryResult(
             tenant,
-            Cause.DELIVERY,
-            enabled=state.enabled,
-            actor=actor,
-            delivery_id=delivery_id or "",
-            latency_seconds=self._clock.monotonic() - began,
-            detail=outcome,
+            max(invalidated.generation, state.generation),
+            invalidated.duplicate,
+            evaluation is not None,
+            state.enabled,
         )
-        delivered = Delivered(tenant, generation or state.generation, duplicate, refreshed, state.enabled)
-        self.deliveries.tell(delivered)
-        return delivered
+        self.deliveries.send(result)
+        return result
 
     def invalidate(self, tenant: str, *, actor: str) -> int:
-        """Raise the tenant's generation; a read follows. Returns the generation."""
-        generation = self._cache.invalidate(tenant)
-        self._append(tenant, Cause.INVALIDATED, actor=actor, detail=f"generation {generation}")
-        return generation
+        """Raise the generation of a tenant and return it; a read follows.
+
+        Where the shared store fails, the invalidation holds in this process and is repeated to the store.
+        """
+        return self._invalidate(tenant, Cause.INVALIDATED, actor=actor)[0].generation
+
+    def _invalidate(
+        self, tenant: str, cause: Cause, *, actor: str, delivery_id: str | None = None
+    ) -> tuple[Invalidated, bool]:
+        event = Event(self._now(), tenant, cause, actor=actor, delivery_id=delivery_id or "")
+        return self._cache.invalidate(tenant, Invalidation(event, delivery_id))
 
     def refresh(self, tenant: str) -> State:
         """Read the API now.
 
         Raises:
-            ReadError: It failed; the last value goes on being served as its age allows.
+            ReadError: The read failed; the last value is served as its age allows.
         """
-        answer = self._cache.refresh(tenant)
-        return state_of(answer, now=self._clock.monotonic())
+        return state_of(self._cache.refresh(tenant), now=self._clock.monotonic())
 
     def set_enabled(self, tenant: str, *, enabled: bool, actor: str, reason: str = "") -> State:
-        """Write a value to the config API, make everybody read again, and read back.
+        """Write a value to the config API, invalidate, and read back.
 
         Returns:
-            The state after it. Its `enabled` is what the API answered last, which is the old value where the API took
-            the write and goes on answering the old one for longer than the few reads that are tried.
+            The state afterwards. Its `enabled` is the last answer of the API: the old value, where the API took the
+            write and answers the old value for longer than the few reads that are tried.
 
         Raises:
             WriteConflict: The API answered 409.
@@ -167,7 +170,7 @@ class Operations:
         except (WriteError, ReadError) as error:
             self._wrote(tenant, None, actor, reason, began, f"{asked} was not written: {error}")
             raise
-        self._cache.invalidate(tenant)
+        self._cache.invalidate(tenant, Invalidation())
         pauses = READ_BACK_PAUSES_SECONDS if unknown is None else UNKNOWN_PAUSES_SECONDS
         shows = self._read_back(tenant, pauses, enabled=enabled)
         if unknown is not None and not shows:
@@ -177,7 +180,7 @@ class Operations:
         return self._cache.state(tenant)
 
     def _read_back(self, tenant: str, pauses: Sequence[float], *, enabled: bool) -> bool | None:
-        """Whether one of a few reads shows the value; None where none of them succeeded."""
+        """Return whether one of a few reads shows the value; None where none of them succeeded."""
         shows: bool | None = None
         until = self._clock.monotonic() + READ_BACK_SECONDS
         for seconds in pauses:
@@ -194,51 +197,27 @@ class Operations:
         return shows
 
     def history(self, *, tenant: str | None = None, limit: int = 100, before: int | None = None) -> Sequence[Event]:
-        """Rows of history, newest first.
+        """Return rows of history, newest first.
 
         Args:
             tenant: Only of this tenant.
             limit: The most rows, >= 1.
-            before: The id of a row to go on from.
+            before: Only rows with a lower id than this.
         """
         return self._store.history(tenant=tenant, limit=limit, before=before)
 
     def _wrote(self, tenant: str, enabled: bool | None, actor: str, reason: str, began: float, outcome: str) -> None:
-        self._append(
-            tenant,
-            Cause.WRITE,
-            enabled=enabled,
-            actor=actor,
-            latency_seconds=self._clock.monotonic() - began,
-            detail=f"{outcome}; reason: {reason}" if reason else outcome,
+        self._store.append(
+            Event(
+                self._now(),
+                tenant,
+                Cause.WRITE,
+                enabled=enabled,
+                actor=actor,
+                latency_seconds=self._clock.monotonic() - began,
+                detail=f"{outcome}; reason: {reason}" if reason else outcome,
+            )
         )
 
-    def _read_ended(self, end: ReadEnd) -> None:
-        """The rows that a read leaves: a changed value, the first failure of a row, the end of one."""
-        before, tenant = end.lease.record, end.lease.tenant
-        if isinstance(end.outcome, Failure):
-            if before.failure is None:
-                self._append(tenant, Cause.FAILED, latency_seconds=end.latency_seconds, detail=end.outcome.message)
-            return
-        enabled = end.outcome.enabled
-        if before.failure is not None:
-            count = before.failure.count
-            detail = f"after {count} failed read{'' if count == 1 else 's'}"
-            self._append(tenant, Cause.RECOVERED, enabled=enabled, latency_seconds=end.latency_seconds, detail=detail)
-        if before.snapshot is None or before.snapshot.enabled is not enabled:
-            detail = "first value" if before.snapshot is None else "another value than before"
-            self._append(tenant, Cause.CHANGED, enabled=enabled, latency_seconds=end.latency_seconds, detail=detail)
-
-    def _append(
-        self,
-        tenant: str,
-        cause: Cause,
-        *,
-        enabled: bool | None = None,
-        actor: str = "",
-        delivery_id: str = "",
-        latency_seconds: float | None = None,
-        detail: str = "",
-    ) -> None:
-        at = datetime.fromtimestamp(self._clock.wall(), UTC)
-        self._store.append(Event(at, tenant, cause, enabled, actor, delivery_id, latency_seconds, detail))
+    def _now(self) -> datetime:
+        return datetime.fromtimestamp(self._clock.wall(), UTC)

@@ -1,4 +1,4 @@
-"""OpenFeature's face: five types, sync and async, statuses and events; thin over the cache, fast where hot."""
+"""The OpenFeature provider: resolves the flag from the cache, sync and async, and publishes status and events."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import NoReturn
 
 import requests
@@ -17,17 +18,16 @@ from openfeature.flag_evaluation import FlagResolutionDetails, FlagValueType
 from openfeature.hook import Hook
 from openfeature.provider import AbstractProvider, Metadata, ProviderStatus
 
-from external_oms.assemble import Service, assemble
 from external_oms.cache import Change, ChangeKind
 from external_oms.config import FLAG_KEY
 from external_oms.errors import NothingToServe, TenantError, Unavailable
-from external_oms.freshness import Freshness
-from external_oms.judgement import Answer, State
+from external_oms.policy import Evaluation, Freshness, Source, State
 from external_oms.resolution import SharedDetails, details_of, expired_details, refuse_key, refuse_type
 from external_oms.sdk import repair_after_fork, status_in_sdk
 from external_oms.settings import Settings
-from external_oms.status import Standing, Standings
+from external_oms.status import StatusTracker, TenantStatus
 from external_oms.stores.base import Store
+from external_oms.wiring import Service, build_service
 
 __all__ = ["ExternalOMSProvider"]
 
@@ -43,19 +43,19 @@ RECONCILE_TRIES = 500
 """After so many tries, five seconds, the SDK is taken to have done so."""
 
 _EVENTS = {
-    Standing.READY: ProviderEvent.PROVIDER_READY,
-    Standing.STALE: ProviderEvent.PROVIDER_STALE,
-    Standing.ERROR: ProviderEvent.PROVIDER_ERROR,
+    TenantStatus.READY: ProviderEvent.PROVIDER_READY,
+    TenantStatus.STALE: ProviderEvent.PROVIDER_STALE,
+    TenantStatus.ERROR: ProviderEvent.PROVIDER_ERROR,
 }
 
-_STANDINGS: dict[ProviderStatus | None, Standing] = {
-    ProviderStatus.READY: Standing.READY,
-    ProviderStatus.STALE: Standing.STALE,
-    ProviderStatus.ERROR: Standing.ERROR,
+_STATUSES: dict[ProviderStatus | None, TenantStatus] = {
+    ProviderStatus.READY: TenantStatus.READY,
+    ProviderStatus.STALE: TenantStatus.STALE,
+    ProviderStatus.ERROR: TenantStatus.ERROR,
 }
 
-Hot = tuple[float, Sequence[int], int, int | None, SharedDetails]
-"""Until when, and while which word stands where, which details may be given again."""
+HotEntry = tuple[float, Sequence[int], int, int | None, SharedDetails]
+"""Cached details: valid until an instant, and while a version word stands at its place."""
 
 
 class ExternalOMSProvider(AbstractProvider):
@@ -85,20 +85,20 @@ class ExternalOMSProvider(AbstractProvider):
         store: Store | None = None,
     ) -> None:
         super().__init__()
-        self.service: Service = assemble(Settings() if settings is None else settings, session=session, store=store)
+        self.service: Service = build_service(Settings() if settings is None else settings, session=session, store=store)
         self._cache = self.service.cache
         self._monotonic = self.service.clock.monotonic
         self._when_expired = self.service.settings.when_expired
         self._metadata = Metadata(name="external-oms")
         self.hooks: list[Hook] = []
-        self._hot: dict[str | None, Hot] = {}
-        self._standings = Standings()
+        self._hot: dict[str | None, HotEntry] = {}
+        self._statuses = StatusTracker()
         self._publishing = threading.Lock()
-        self._published: Standing | None = None
+        self._published: TenantStatus | None = None
         self._open = False  # whether the SDK has set the status that follows `initialize`
         self._shut = False
-        self._cache.changes.listen(self._take_note)
-        self.service.reporter.start()
+        self._cache.changes.subscribe(self._changed)
+        self.service.heartbeat.start()
         _alive.add(self)
 
     def get_metadata(self) -> Metadata:
@@ -124,7 +124,7 @@ class ExternalOMSProvider(AbstractProvider):
             InvalidContextError: The context names no tenant where several are configured, or an unknown one.
             GeneralError: Nothing may be served; the SDK serves the caller's default.
         """
-        # the hot path, written out: what it costs is paid on every order
+        # the hot path, written out, because every order pays for a call of a function
         if flag_key == FLAG_KEY:
             attributes = evaluation_context.attributes if evaluation_context is not None else None
             try:
@@ -132,8 +132,8 @@ class ExternalOMSProvider(AbstractProvider):
             except TypeError:  # an unhashable tenant; refused below
                 hot = None
             if hot is not None:
-                until, words, slot, word, details = hot
-                if self._monotonic() < until and words[slot] == word:
+                until, versions, index, version, details = hot
+                if self._monotonic() < until and versions[index] == version:
                     return details
         tenant = self._tenant_of(flag_key, evaluation_context)
         return self._details(self._cache.lookup(tenant))
@@ -146,12 +146,19 @@ class ExternalOMSProvider(AbstractProvider):
     ) -> FlagResolutionDetails[bool]:
         """As `resolve_boolean_details`; where it has to wait, it does not hold the event loop."""
         tenant = self._tenant_of(flag_key, evaluation_context)
-        hot = self._hot.get(tenant)
+        return self._cached_details(tenant) or self._details(await self._cache.lookup_async(tenant))
+
+    def _cached_details(self, tenant: str | None) -> SharedDetails | None:
+        """Return the details that were built for the last fresh evaluation, where they still hold."""
+        try:
+            hot = self._hot.get(tenant)
+        except TypeError:  # an unhashable tenant, refused later
+            return None
         if hot is not None:
-            until, words, slot, word, details = hot
-            if self._monotonic() < until and words[slot] == word:
+            until, versions, index, version, details = hot
+            if self._monotonic() < until and versions[index] == version:
                 return details
-        return self._details(await self._cache.lookup_async(tenant))
+        return None
 
     def _tenant_of(self, flag_key: str, context: EvaluationContext | None) -> str:
         refuse_key(flag_key)
@@ -162,22 +169,24 @@ class ExternalOMSProvider(AbstractProvider):
         except TenantError as error:
             raise InvalidContextError(str(error)) from error
 
-    def _details(self, answer: Answer) -> SharedDetails:
-        details = details_of(answer)
+    def _details(self, evaluation: Evaluation) -> SharedDetails:
+        details = details_of(evaluation)
         if details is None:
-            return expired_details(answer, self._when_expired, self._cache.failure(answer))
-        if answer.freshness is Freshness.FRESH:
-            self._warm(answer)
-        return details
-
-    def _warm(self, answer: Answer) -> None:
-        """Have the fresh answer given again, as a cached one, while its warrant stands."""
-        cached = details_of(self._cache.remembered(answer))
-        if cached is not None and not self._shut:
-            hot = (*self._cache.warrant(answer), cached)
-            self._hot[answer.tenant] = hot
+            return expired_details(evaluation, self._when_expired, self._cache.failure(evaluation))
+        if evaluation.freshness is Freshness.FRESH and not self._shut:
+            cached = self._as_cached(evaluation, details)
+            hot = (*self._cache.validity(evaluation), cached)
+            self._hot[evaluation.tenant] = hot
             if len(self._cache.tenants) == 1:
                 self._hot[None] = hot
+        return details
+
+    @staticmethod
+    def _as_cached(evaluation: Evaluation, details: SharedDetails) -> SharedDetails:
+        """Return the details as the next evaluations get them: read by this process, and not for them."""
+        if evaluation.source is not Source.API:
+            return details
+        return details_of(replace(evaluation, source=Source.MEMORY)) or details
 
     def resolve_string_details(
         self,
@@ -218,28 +227,23 @@ class ExternalOMSProvider(AbstractProvider):
     # -- beside the SDK's -----------------------------------------------------------------------------------------
 
     def enabled(self, tenant: str | None = None) -> bool:
-        """The flag for a hot loop: the value alone, by the same rules.
+        """Return the value of the flag alone, by the same rules, for a loop that evaluates it often.
 
         Raises:
             TenantError: No tenant is named where several are configured, or it is unknown.
             NothingToServe: The SDK would serve the caller's default.
         """
-        try:
-            hot = self._hot.get(tenant)
-        except TypeError:  # an unhashable tenant; refused below
-            hot = None
-        if hot is not None:
-            until, words, slot, word, details = hot
-            if self._monotonic() < until and words[slot] == word:
-                return details.value
+        details = self._cached_details(tenant)
+        if details is not None:
+            return details.value
         name = self._cache.tenant_of(tenant)
         if self._shut:
             raise NothingToServe(name, Unavailable("the provider was shut down"))
-        answer = self._cache.lookup(name)
+        evaluation = self._cache.lookup(name)
         try:
-            return self._details(answer).value
+            return self._details(evaluation).value
         except GeneralError as error:
-            raise self._cache.failure(answer) from error
+            raise self._cache.failure(evaluation) from error
 
     def state(self, tenant: str | None = None) -> State:
         """What is known of the tenant; never waits.
@@ -293,14 +297,14 @@ class ExternalOMSProvider(AbstractProvider):
             self._shut = False
             self.service.reopen()
         self._open = False
-        answers = self._cache.warm()
-        serving = any(answer.servable is not None for answer in answers)
-        self._published = Standing.READY
+        evaluations = self._cache.warm()
+        serving = any(evaluation.servable is not None for evaluation in evaluations)
+        self._published = TenantStatus.READY
         failure: GeneralError | None = None
         if not serving and self._when_expired in {"default", "last"}:
-            self._published = Standing.ERROR
-            failure = GeneralError(str(self._cache.failure(answers[0])))
-        self._cache.after(RECONCILE_SECONDS, lambda: self._reconcile(RECONCILE_TRIES))
+            self._published = TenantStatus.ERROR
+            failure = GeneralError(str(self._cache.failure(evaluations[0])))
+        self._reconcile_later(RECONCILE_TRIES)
         if failure is not None:
             raise failure
 
@@ -312,53 +316,57 @@ class ExternalOMSProvider(AbstractProvider):
         self.service.close()
 
     def emit(self, event: ProviderEvent, details: ProviderEventDetails) -> None:
-        """Tell the SDK; a provider that is not, or no longer, registered tells nobody."""
+        """Emit an event to the SDK; nothing happens where the provider is not registered."""
         try:
             super().emit(event, details)
         except (AttributeError, RuntimeError):
             # detached between the SDK's own check and call, or the interpreter is going down: nobody is left to hear
             logger.debug("event %s was not delivered", event.value)
 
+    def _reconcile_later(self, tries: int) -> None:
+        when = self._monotonic() + RECONCILE_SECONDS
+        self._cache.runner.at((id(self), "reconcile"), when, lambda: self._reconcile(tries))
+
     def _reconcile(self, tries: int) -> None:
-        """After `initialize`: wait until the SDK has set its status, for it would overwrite ours; then publish ours."""
+        """Publish our status once the SDK has set its own after `initialize`, which would overwrite ours."""
         status = status_in_sdk(getattr(self, "_on_emit", None), self)
         if status is ProviderStatus.NOT_READY and tries > 0 and not self._shut:
-            self._cache.after(RECONCILE_SECONDS, lambda: self._reconcile(tries - 1))
+            self._reconcile_later(tries - 1)
             return
-        self._published = _STANDINGS.get(status) or self._published
+        self._published = _STATUSES.get(status) or self._published
         self._open = not self._shut
         self._publish(None)
 
-    def _take_note(self, change: Change) -> None:
-        edge = self._standings.observe(change.answer)
-        if edge is not None:
-            logger.log(logging.INFO if edge.after is Standing.READY else logging.WARNING, edge.line)
+    def _changed(self, change: Change) -> None:
+        transition = self._statuses.observe(change.evaluation)
+        if transition is not None:
+            logger.warning(transition.line)  # recovery too: a log that shows the beginning shows the end
         if change.kind is ChangeKind.VALUE:
             self.emit_provider_configuration_changed(
                 ProviderEventDetails(flags_changed=[FLAG_KEY], metadata={"tenant": change.tenant})
             )
-        self._publish(edge.reason if edge is not None else None)
+        self._publish(transition.reason if transition is not None else None)
 
     def _publish(self, reason: str | None) -> None:
-        """Bring the SDK's status to where the tenants stand; one publisher at a time: the last word is the newest."""
-        while self._open and self._standings.overall() not in {None, self._published}:
+        """Emit the event that brings the status in the SDK to ours; one thread at a time, so that the last is true."""
+        while self._open and self._statuses.aggregate() not in {None, self._published}:
             if not self._publishing.acquire(blocking=False):
-                return  # whoever publishes looks again before it leaves
+                return  # the thread that publishes looks again before it ends
             try:
-                standing = self._standings.overall()
-                if standing is None or standing is self._published:
+                status = self._statuses.aggregate()
+                if status is None or status is self._published:
                     continue
-                self._published = standing
-                code = ErrorCode.GENERAL if standing is Standing.ERROR else None
-                self.emit(_EVENTS[standing], ProviderEventDetails(message=reason or None, error_code=code))
+                self._published = status
+                code = ErrorCode.GENERAL if status is TenantStatus.ERROR else None
+                self.emit(_EVENTS[status], ProviderEventDetails(message=reason or None, error_code=code))
             finally:
                 self._publishing.release()
 
     def _after_fork(self) -> None:
-        """In a forked child: the warm value stays; the first evaluation, by the long way, starts the threads."""
+        """Forget the locks and threads of the parent in a forked child, and follow the store from now on."""
         self._hot = {}
         self._publishing = threading.Lock()
-        self._standings.after_fork()
+        self._statuses.after_fork()
         self.service.after_fork()
         status = status_in_sdk(getattr(self, "_on_emit", None), self)
         self._open = not self._shut and status is not ProviderStatus.NOT_READY
@@ -366,9 +374,9 @@ class ExternalOMSProvider(AbstractProvider):
             self._end_initialization()
 
     def _end_initialization(self) -> None:
-        """End the initialization that was under way in the parent; its thread is not in this process."""
+        """End the initialization that was under way in the parent, whose thread is not in this process."""
         if any(self._cache.peek(tenant).servable for tenant in self._cache.tenants):
-            self._published, self._open = Standing.READY, True
+            self._published, self._open = TenantStatus.READY, True
             self.emit_provider_ready(ProviderEventDetails())
         else:
             threading.Thread(target=self._initialize_anew, name="external-oms-initialize", daemon=True).start()

@@ -1,4 +1,4 @@
-"""An answer, a key and a type in; the SDK's resolution details, or its error, out. Pure."""
+"""Turns an evaluation into the resolution details of the SDK, or into its error. Pure functions."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from openfeature.flag_evaluation import FlagMetadata, FlagResolutionDetails, Rea
 
 from external_oms.config import FLAG_KEY, format_instant
 from external_oms.errors import NothingToServe
-from external_oms.freshness import Freshness
-from external_oms.judgement import Answer, Source
+from external_oms.policy import Evaluation, Freshness, Source
 
 __all__ = [
     "VARIANTS",
@@ -30,10 +29,10 @@ VARIANTS = {True: "on", False: "off"}
 
 
 class SharedDetails(FlagResolutionDetails[bool]):
-    """Resolution details that many evaluations share, and none can spoil for the others.
+    """Resolution details that many evaluations share, and that no caller can change for the others.
 
-    The SDK passes `flag_metadata` on to callers and hooks by reference; here every look at it gives a copy of its own.
-    The other fields cannot be assigned; `dataclasses.replace` makes changed details.
+    The SDK passes `flag_metadata` on to callers and hooks by reference; here every access returns a new copy. The other
+    fields cannot be assigned; `dataclasses.replace` makes changed details.
     """
 
     def __init__(
@@ -56,7 +55,7 @@ class SharedDetails(FlagResolutionDetails[bool]):
 
     @property
     def flag_metadata(self) -> FlagMetadata:  # type: ignore[override]  # a copy, where the SDK has an attribute to set
-        """What is known of the answer, in a dictionary of the caller's own."""
+        """The metadata of the evaluation, in a dictionary that belongs to the caller."""
         return self._metadata.copy()
 
     _metadata: dict[str, bool | int | float | str]
@@ -83,17 +82,17 @@ def _fields(details: FlagResolutionDetails[bool]) -> tuple[object, ...]:
     )
 
 
-def metadata_of(answer: Answer) -> dict[str, bool | int | float | str]:
-    """The flag metadata of an answer.
+def metadata_of(evaluation: Evaluation) -> dict[str, bool | int | float | str]:
+    """The flag metadata of an evaluation.
 
     `generation` is that of the value: lower than the tenant's where an invalidation has come after its read.
     """
-    snapshot = answer.record.snapshot
+    snapshot = evaluation.entry.snapshot
     metadata: dict[str, bool | int | float | str] = {
-        "tenant": answer.tenant,
-        "generation": answer.record.generation if snapshot is None else snapshot.generation,
-        "source": str(answer.source),
-        "stale": answer.freshness is not Freshness.FRESH,
+        "tenant": evaluation.tenant,
+        "generation": evaluation.entry.generation if snapshot is None else snapshot.generation,
+        "source": str(evaluation.source),
+        "stale": evaluation.freshness is not Freshness.FRESH,
     }
     if snapshot is not None:
         metadata["fetched_at"] = format_instant(snapshot.fetched_at)
@@ -102,31 +101,32 @@ def metadata_of(answer: Answer) -> dict[str, bool | int | float | str]:
     return metadata
 
 
-def details_of(answer: Answer) -> SharedDetails | None:
-    """The details of an answer that may be served; None of one that may not."""
-    snapshot = answer.servable
+def details_of(evaluation: Evaluation) -> SharedDetails | None:
+    """Return the details of an evaluation; None where it has no value that may be served."""
+    snapshot = evaluation.servable
     if snapshot is None:
         return None
-    if answer.freshness is Freshness.STALE:
+    if evaluation.freshness is Freshness.STALE:
         reason = Reason.STALE
     else:
-        reason = Reason.STATIC if answer.source is Source.API else Reason.CACHED
+        reason = Reason.STATIC if evaluation.source is Source.API else Reason.CACHED
     return SharedDetails(
-        snapshot.enabled, reason=reason, variant=VARIANTS[snapshot.enabled], flag_metadata=metadata_of(answer)
+        snapshot.enabled, reason=reason, variant=VARIANTS[snapshot.enabled], flag_metadata=metadata_of(evaluation)
     )
 
 
-def expired_details(answer: Answer, when_expired: WhenExpired, failure: NothingToServe) -> SharedDetails:
-    """What the setting `when_expired` makes of an answer that may not be served.
+def expired_details(evaluation: Evaluation, when_expired: WhenExpired, failure: NothingToServe) -> SharedDetails:
+    """Return the details that the setting `when_expired` prescribes where no value may be served.
 
-    `on` and `off` give that value with the reason DEFAULT; `last` gives the last value, however old, with the reason
-    STALE. The metadata names the setting, so that the answer says who decided.
+    `on` and `off` are that value with the reason DEFAULT; `last` is the last value, however old, with the reason STALE.
+    The metadata names the setting.
 
     Raises:
-        GeneralError: The setting is `default`, or `last` and no value was ever read: the SDK serves the caller's.
+        GeneralError: The setting is `default`, or `last` and no value was ever read. The SDK then serves the default of
+            the caller.
     """
-    snapshot = answer.record.snapshot
-    metadata = metadata_of(answer) | {"when_expired": when_expired}
+    snapshot = evaluation.entry.snapshot
+    metadata = metadata_of(evaluation) | {"when_expired": when_expired}
     if when_expired in {"on", "off"}:
         value = when_expired == "on"
         return SharedDetails(value, reason=Reason.DEFAULT, variant=when_expired, flag_metadata=metadata)
@@ -137,19 +137,19 @@ def expired_details(answer: Answer, when_expired: WhenExpired, failure: NothingT
 
 
 def refuse_key(flag_key: str) -> None:
-    """Let only the one key through.
+    """Check that the key is the one that this provider resolves.
 
     Raises:
-        FlagNotFoundError: It is another.
+        FlagNotFoundError: The key is another.
     """
     if flag_key != FLAG_KEY:
         raise FlagNotFoundError(f"this provider resolves {FLAG_KEY!r} only, not {flag_key[:80]!r}")
 
 
 def refuse_type(flag_key: str, asked: str) -> NoReturn:
-    """Refuse a read of another type than boolean.
+    """Refuse a resolution of another type than boolean.
 
-    An integer is refused here because the SDK would let True pass for one: `bool` is a subclass of `int`.
+    An integer is refused here because the SDK would accept True for one: `bool` is a subclass of `int`.
 
     Raises:
         FlagNotFoundError: The key is another.

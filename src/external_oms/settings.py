@@ -165,6 +165,7 @@ class Settings(BaseSettings):
     when_expired: Literal["default", "on", "off", "last"] = "default"
     timeout_seconds: Seconds = 5.0
     retry_after_max_seconds: Seconds = 300.0
+    max_waiters_per_tenant: Annotated[int, Field(ge=0, le=10_000)] = 16
     refresh: Literal["background", "lazy"] = "background"
     max_concurrent_reads: Annotated[int, Field(ge=1, le=256)] = 16
 

@@ -1,4 +1,4 @@
-"""Whom to tell: listeners that come and go, called one after the other with no lock held."""
+"""Signals: subscribers that are called one after the other, with no lock held while they run."""
 
 from __future__ import annotations
 
@@ -17,42 +17,52 @@ T = TypeVar("T")
 
 
 class Signal(Generic[T]):
-    """A thing that happens, and those who want to be told."""
+    """A kind of event, and its subscribers."""
 
     def __init__(self) -> None:
         self._keys = itertools.count()
-        self._listeners: dict[int, Callable[[T], None]] = {}
-        self._line: deque[T] = deque()
-        self._telling = threading.Lock()
+        self._subscribers: dict[int, Callable[[T], None]] = {}
+        self._queue: deque[T] = deque()
+        self._flushing = False
+        self._lock = threading.Lock()
 
-    def listen(self, listener: Callable[[T], None]) -> Callable[[], None]:
-        """Have it told, from whichever thread it happens in; returns what ends that. A listener must not block."""
+    def subscribe(self, subscriber: Callable[[T], None]) -> Callable[[], None]:
+        """Call the subscriber for every event, in whichever thread it happens; it must not block.
+
+        Returns:
+            A function that ends the subscription.
+        """
         key = next(self._keys)
-        self._listeners[key] = listener
-        return lambda: self._listeners.pop(key, None) and None
+        self._subscribers[key] = subscriber
+        return lambda: self._subscribers.pop(key, None) and None
 
-    def tell(self, what: T) -> None:
-        """Tell everybody; one listener's mistake is logged and keeps nothing from the others."""
-        for listener in tuple(self._listeners.values()):
+    def send(self, event: T) -> None:
+        """Call every subscriber; an exception in one of them is logged, and the others are called all the same."""
+        for subscriber in tuple(self._subscribers.values()):
             try:
-                listener(what)
+                subscriber(event)
             except Exception:
-                logger.exception("a listener failed")
+                logger.exception("a subscriber failed")
 
-    def line_up(self, what: T) -> None:
-        """Have it told by `tell_all`, after what was lined up before; called under the lock that sets the order."""
-        self._line.append(what)
+    def enqueue(self, event: T) -> None:
+        """Queue an event for `flush`; call it while holding the lock that defines the order of events."""
+        self._queue.append(event)
 
-    def tell_all(self) -> None:
-        """Tell what is lined up, in its order; where another thread is telling, that one tells this too."""
-        while self._line and self._telling.acquire(blocking=False):
+    def flush(self) -> None:
+        """Send the queued events in their order; while another thread does that, it sends these too."""
+        while self._queue:
+            with self._lock:
+                if self._flushing:
+                    return
+                self._flushing = True
             try:
-                while self._line:
-                    self.tell(self._line.popleft())
+                while self._queue:
+                    self.send(self._queue.popleft())
             finally:
-                self._telling.release()
+                self._flushing = False
 
     def after_fork(self) -> None:
-        """In a forked child: what the parent was telling is the parent's."""
-        self._line.clear()
-        self._telling = threading.Lock()
+        """Forget the events that the parent had queued."""
+        self._queue.clear()
+        self._flushing = False
+        self._lock = threading.Lock()

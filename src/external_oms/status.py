@@ -1,101 +1,103 @@
-"""How a tenant stands, and all together, as a state that changes at edges; and the one line for each edge."""
+"""The status of each tenant and of the provider, and its transitions: one log line for each."""
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Collection
 from dataclasses import dataclass
 from enum import StrEnum
 
-from external_oms.judgement import Answer
+from external_oms.policy import Evaluation
 
-__all__ = ["Edge", "Standing", "Standings", "overall", "standing_of"]
+__all__ = ["StatusTracker", "TenantStatus", "Transition", "aggregate", "status_of"]
 
 
-class Standing(StrEnum):
-    """How a tenant stands."""
+class TenantStatus(StrEnum):
+    """The status of a tenant."""
 
     READY = "ready"
     """The last read succeeded."""
     STALE = "stale"
-    """The last read failed, and an old value serves."""
+    """The last read failed, and the last value is served."""
     ERROR = "error"
-    """The last read failed, and nothing serves."""
+    """The last read failed, and no value may be served."""
 
 
 @dataclass(frozen=True, slots=True)
-class Edge:
-    """A change of standing.
+class Transition:
+    """A change of status.
 
     Attributes:
-        tenant: Whose.
-        before: How it stood; None where nothing was known.
-        after: How it stands.
-        failures: How many failed reads in a row this edge stands for.
-        reason: Why reads fail, in words; empty where they do not.
+        tenant: The tenant.
+        before: The status before; None where none was known.
+        after: The status now.
+        failures: How many failed reads in a row the transition stands for.
+        reason: Why reads fail; empty where they do not.
     """
 
     tenant: str
-    before: Standing | None
-    after: Standing
+    before: TenantStatus | None
+    after: TenantStatus
     failures: int
     reason: str
 
     @property
     def line(self) -> str:
-        """The edge as one line of log."""
-        tenant, count = self.tenant, f"{self.failures} failed read{'' if self.failures == 1 else 's'}"
-        if self.after is Standing.STALE:
-            return f"tenant {tenant}: reads fail, an old value serves: {self.reason}"
-        if self.after is Standing.ERROR:
-            return f"tenant {tenant}: reads fail ({count}), no value may be served: {self.reason}"
-        return f"tenant {tenant}: reads work again after {count}"
+        """The transition as one log line."""
+        count = f"{self.failures} failed read{'' if self.failures == 1 else 's'}"
+        if self.after is TenantStatus.STALE:
+            return f"tenant {self.tenant}: config API reads are failing; serving the last value: {self.reason}"
+        if self.after is TenantStatus.ERROR:
+            return f"tenant {self.tenant}: config API reads are failing ({count}); no value may be served: {self.reason}"
+        return f"tenant {self.tenant}: config API reads succeed again after {count}"
 
 
-def standing_of(answer: Answer) -> Standing | None:
-    """How a tenant stands by an answer; None where nothing is known yet."""
-    if answer.record.failure is not None:
-        return Standing.ERROR if answer.servable is None else Standing.STALE
-    return None if answer.record.snapshot is None else Standing.READY
+def status_of(evaluation: Evaluation) -> TenantStatus | None:
+    """Return the status of a tenant; None where nothing is known yet."""
+    if evaluation.entry.failure is not None:
+        return TenantStatus.ERROR if evaluation.servable is None else TenantStatus.STALE
+    return None if evaluation.entry.snapshot is None else TenantStatus.READY
 
 
-def overall(standings: list[Standing]) -> Standing | None:
-    """How a provider of several tenants stands: ERROR where none of those known serves, STALE where one has trouble.
+def aggregate(statuses: Collection[TenantStatus]) -> TenantStatus | None:
+    """Return the status of a provider from those of its tenants; None where nothing is known yet.
 
-    One dead tenant does not make the others look dead.
+    It is ERROR where every known tenant is, and STALE where one of them is not READY: one tenant that fails does not
+    make the others look failed.
     """
-    if not standings:
+    if not statuses:
         return None
-    if all(standing is Standing.ERROR for standing in standings):
-        return Standing.ERROR
-    return Standing.READY if all(standing is Standing.READY for standing in standings) else Standing.STALE
+    if all(status is TenantStatus.ERROR for status in statuses):
+        return TenantStatus.ERROR
+    return TenantStatus.READY if all(status is TenantStatus.READY for status in statuses) else TenantStatus.STALE
 
 
-class Standings:
-    """The standings of all tenants of one process."""
+class StatusTracker:
+    """The statuses of the tenants of one process."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._known: dict[str, tuple[Standing, int]] = {}
+        self._known: dict[str, tuple[TenantStatus, int]] = {}
 
-    def observe(self, answer: Answer) -> Edge | None:
-        """Take note of an answer; returns the edge where the tenant's standing changed. The first READY is none."""
-        after = standing_of(answer)
-        failure = answer.record.failure
+    def observe(self, evaluation: Evaluation) -> Transition | None:
+        """Record an evaluation; return the transition where the status changed. The first READY is none."""
+        after = status_of(evaluation)
+        failure = evaluation.entry.failure
         if after is None:
             return None
         with self._lock:
-            before, failures = self._known.get(answer.tenant, (None, 0))
+            before, failures = self._known.get(evaluation.tenant, (None, 0))
             count = failure.count if failure is not None else failures
-            self._known[answer.tenant] = after, count if failure is not None else 0
-        if before is after or (before is None and after is Standing.READY):
+            self._known[evaluation.tenant] = after, count if failure is not None else 0
+        if before is after or (before is None and after is TenantStatus.READY):
             return None
-        return Edge(answer.tenant, before, after, count, failure.message if failure is not None else "")
+        return Transition(evaluation.tenant, before, after, count, failure.message if failure is not None else "")
 
-    def overall(self) -> Standing | None:
-        """How all tenants together stand; None where nothing is known yet."""
+    def aggregate(self) -> TenantStatus | None:
+        """Return the status of all tenants together; None where nothing is known yet."""
         with self._lock:
-            return overall([standing for standing, _ in self._known.values()])
+            return aggregate([status for status, _ in self._known.values()])
 
     def after_fork(self) -> None:
-        """A lock that nobody holds."""
+        """Make a new lock in a forked child."""
         self._lock = threading.Lock()

@@ -8,13 +8,14 @@ import threading
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from typing import TypeVar
 
 from cachetools import TTLCache
 
 from external_oms.clock import SYSTEM_CLOCK, Clock
-from external_oms.entry import Entry, Moment, Transition
+from external_oms.entry import Entry, Invalidated, Invalidation, Moment, Transition, invalidate
 from external_oms.records import MEMBER_SECONDS, Event, Member
 from external_oms.stores.base import DELIVERY_ID_SECONDS, Health
 
@@ -38,6 +39,7 @@ class MemoryStore:
         history_rows: How many history rows are kept, >= 1.
         history_seconds: For how long a history row is kept, in seconds, > 0.
         entries: Entries to start from: the last known ones of a store that is unavailable.
+        holder: The name of this process for leases; a random text where None.
     """
 
     kind: str = "memory"
@@ -51,10 +53,11 @@ class MemoryStore:
         history_rows: int = 10_000,
         history_seconds: float = 30 * 86_400.0,
         entries: Mapping[str, Entry] | None = None,
+        holder: str | None = None,
     ) -> None:
         self._clock = clock
         self._lock = threading.Lock()
-        self._holder = secrets.token_hex(8)
+        self._holder = secrets.token_hex(8) if holder is None else holder
         self._versions: list[int] = []
         self._index: dict[str, int] = {}
         self._entries: dict[str, Entry] = dict(entries or {})
@@ -108,6 +111,15 @@ class MemoryStore:
                 self._entries[tenant] = change.entry
                 self._versions[self._index_of(tenant)] += 1
             return change.result
+
+    def invalidate(self, tenant: str, requests: Sequence[Invalidation]) -> tuple[tuple[Invalidated, ...], bool]:
+        """Invalidate, and return the results and that the store has taken the invalidation."""
+        ids = [request.delivery_id for request in requests if request.delivery_id is not None]
+        return self.transact(tenant, partial(invalidate, requests=requests), delivery_ids=ids), True
+
+    def is_own(self, writer: str) -> bool:  # noqa: ARG002 - the form of `Fallback`
+        """Return that this process wrote it: no other process writes here, and a forked child inherits the values."""
+        return True
 
     def touch(self, tenant: str) -> None:
         """Change the version word."""
