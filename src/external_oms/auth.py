@@ -23,8 +23,7 @@ from pydantic import SecretStr
 
 from external_oms.clock import Clock
 from external_oms.errors import MalformedAnswer, RateLimited, ReadError, TokenError, Unavailable
-from external_oms.freshness import parse_retry_after
-from external_oms.transport import Answer, Call, Transport
+from external_oms.transport import Answer, Call, Transport, parse_retry_after
 
 __all__ = ["ClientCredentials", "StaticToken", "TokenSource", "renewal_margin_seconds"]
 

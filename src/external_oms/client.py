@@ -24,9 +24,8 @@ from external_oms.errors import (
     WriteError,
     WriteOutcomeUnknown,
 )
-from external_oms.freshness import parse_retry_after
 from external_oms.settings import TenantSettings
-from external_oms.transport import Answer, Call, Transport
+from external_oms.transport import Answer, Call, Transport, parse_retry_after
 
 __all__ = ["READ_SCOPE", "WRITE_SCOPE", "ConfigClient"]
 

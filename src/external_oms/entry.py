@@ -545,7 +545,8 @@ def commit(
         snapshot = _extend(known, entry, lease, read_at=read_at, lifetime_seconds=lifetime_seconds, ttl=ttl_seconds)
         overtaken_at = entry.stale_since
     stored = replace(entry, snapshot=snapshot, failure=None, lease=None, stale_since=overtaken_at)
-    return Change(stored, snapshot, _read_events(entry, snapshot, tenant, fetched_at, latency_seconds))
+    ended_at = fetched_at + timedelta(seconds=latency_seconds)
+    return Change(stored, snapshot, _read_events(entry, snapshot, tenant, ended_at, latency_seconds))
 
 
 def _holds(entry: Entry, lease: Lease) -> bool:

@@ -381,3 +381,27 @@ class _TLSConnection(_Connection, HTTPSConnection):
 
 
 _WATCHED: dict[object, type[_Connection]] = {HTTPConnection: _Connection, HTTPSConnection: _TLSConnection}
+
+
+def parse_retry_after(header: str | None, *, now_wall: float, cap_seconds: float) -> float | None:
+    """Return the seconds that a Retry-After header asks for, between 0 and the cap; None where it is not usable.
+
+    Args:
+        header: The text of the header: seconds or an HTTP date (RFC 9110 §10.2.3).
+        now_wall: The present moment in seconds since the Unix epoch.
+        cap_seconds: The most that is accepted, in seconds.
+    """
+    if header is None:
+        return None
+    text = header.strip()
+    try:
+        asked = float(text)
+    except ValueError:
+        try:
+            moment = parsedate_to_datetime(text)
+        except (ValueError, TypeError, OverflowError):
+            return None
+        asked = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp() - now_wall
+    if math.isnan(asked):
+        return None
+    return min(max(asked, 0.0), cap_seconds)
