@@ -38,7 +38,7 @@ from external_oms.policy import (
 )
 from external_oms.scheduler import Runner
 from external_oms.signals import Signal
-from external_oms.singleflight import Flight, Reader, ReadEnd, Slot, join
+from external_oms.singleflight import Flight, ReadEnd, Reader, Slot, join
 from external_oms.singleflight import Source as ReadSource
 from external_oms.stores.base import Store
 
@@ -94,7 +94,7 @@ class _Loaded(NamedTuple):
 
     number: int
     versions: Sequence[int]
-    index: int
+    place: int
     version: int | None
     entry: Entry
 
@@ -258,7 +258,7 @@ class Cache:
         loaded = self._states[evaluation.tenant].loaded
         # where a later entry is at hand, the version is one that never stands, and the evaluation is served once
         version = loaded.version if loaded.entry is evaluation.entry else None
-        return evaluation.fresh_until, loaded.versions, loaded.index, version
+        return evaluation.fresh_until, loaded.versions, loaded.place, version
 
     def _evaluate_or_join(self, state: _Tenant) -> tuple[Evaluation, Flight | None]:
         """Return the evaluation, and the flight to wait for where the evaluation has nothing to serve."""
@@ -314,7 +314,7 @@ class Cache:
     def _load(self, state: _Tenant) -> Entry:
         """Return the entry at hand, loaded again where its version word has changed."""
         loaded = state.loaded
-        if loaded.version is not None and loaded.versions[loaded.index] == loaded.version:
+        if loaded.version is not None and loaded.versions[loaded.place] == loaded.version:
             return loaded.entry
         with state.lock:
             number = state.loads = state.loads + 1
@@ -345,9 +345,7 @@ class Cache:
             had = before.entry.snapshot if before is not None else None
             has = evaluation.entry.snapshot
             changed = had is not None and has is not None and had.enabled is not has.enabled
-            self.changes.enqueue(
-                Change(state.tenant, ChangeKind.VALUE if changed else ChangeKind.STATE, evaluation)
-            )
+            self.changes.enqueue(Change(state.tenant, ChangeKind.VALUE if changed else ChangeKind.STATE, evaluation))
         self.changes.flush()
 
     # -- read -------------------------------------------------------------------------------------------------------
@@ -600,6 +598,11 @@ def _shut_down() -> ReadError:
     return Unavailable("the provider was shut down")
 
 
+def _set(woken: asyncio.Future[None]) -> None:
+    if not woken.done():
+        woken.set_result(None)
+
+
 async def _wait_async(future: Future[ReadError | None], seconds: float) -> bool:
     """Wait for a future without blocking the event loop; a waiter that is cancelled cancels nobody else's flight."""
     loop = asyncio.get_running_loop()
@@ -607,7 +610,7 @@ async def _wait_async(future: Future[ReadError | None], seconds: float) -> bool:
 
     def wake(_: object) -> None:
         with suppress(RuntimeError):  # the loop is closed, so nobody waits
-            loop.call_soon_threadsafe(lambda: woken.done() or woken.set_result(None))
+            loop.call_soon_threadsafe(_set, woken)
 
     future.add_done_callback(wake)
     try:

@@ -486,7 +486,7 @@ def _is_caused_by_invalidation(entry: Entry) -> bool:
     return bool(known) and entry.generation > max(known)
 
 
-def commit(
+def commit(  # noqa: PLR0913 - what a read leaves, each part by its name
     entry: Entry,
     moment: Moment,
     *,
@@ -606,7 +606,7 @@ def _read_events(
     return tuple(events)
 
 
-def fail(
+def fail(  # noqa: PLR0913 - as `commit`
     entry: Entry,
     moment: Moment,
     *,

@@ -1,7 +1,8 @@
 """What a cache entry means at one moment: fresh, stale or expired, and when to read it again. Pure functions.
 
 Sources: RFC 9111 section 4.2 (freshness) and 4.4 (invalidation); RFC 5861 section 3 (stale-while-revalidate) and 4
-(stale-if-error); XFetch: Vattani, Chierichetti, Lowenstein, "Optimal Probabilistic Cache Stampede Prevention", VLDB 2015.
+(stale-if-error); XFetch: Vattani, Chierichetti, Lowenstein, "Optimal Probabilistic Cache Stampede Prevention", VLDB
+2015.
 """
 
 from __future__ import annotations
@@ -215,9 +216,7 @@ def error_of(failure: Failure, *, now: float) -> ReadError:
 # -- when to read ---------------------------------------------------------------------------------------------------
 
 
-def refresh_at(
-    entry: Entry, *, now: float, random: float, spread_seconds: float = 0.0, foreign: bool = False
-) -> float:
+def refresh_at(entry: Entry, *, now: float, random: float, spread_seconds: float = 0.0, foreign: bool = False) -> float:
     """Return the instant at which the background reads a tenant next.
 
     Args:

@@ -85,7 +85,9 @@ class ExternalOMSProvider(AbstractProvider):
         store: Store | None = None,
     ) -> None:
         super().__init__()
-        self.service: Service = build_service(Settings() if settings is None else settings, session=session, store=store)
+        self.service: Service = build_service(
+            Settings() if settings is None else settings, session=session, store=store
+        )
         self._cache = self.service.cache
         self._monotonic = self.service.clock.monotonic
         self._when_expired = self.service.settings.when_expired

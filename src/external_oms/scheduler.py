@@ -28,7 +28,7 @@ class Runner(Protocol):
         ...
 
     def at(self, key: Hashable, when: float, job: Callable[[], None]) -> None:
-        """Run a job on the timer thread at an instant, in place of an earlier job of the same key; it must not block."""
+        """Run a job on the timer thread at an instant, in place of the last one of that key; it must not block."""
         ...
 
     def wait(self, future: Future[Any], seconds: float) -> bool:

@@ -48,7 +48,7 @@ class Transition:
         if self.after is TenantStatus.STALE:
             return f"tenant {self.tenant}: config API reads are failing; serving the last value: {self.reason}"
         if self.after is TenantStatus.ERROR:
-            return f"tenant {self.tenant}: config API reads are failing ({count}); no value may be served: {self.reason}"
+            return f"tenant {self.tenant}: config API reads are failing ({count}); nothing may be served: {self.reason}"
         return f"tenant {self.tenant}: config API reads succeed again after {count}"
 
 

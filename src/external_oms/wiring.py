@@ -201,7 +201,7 @@ def token_source(
         clock=clock,
         timeout_seconds=settings.timeout_seconds,
         retry_after_max_seconds=settings.retry_after_max_seconds,
-        obtained=lambda error: told.tell(TokenRenewed(tenant, error)),
+        obtained=lambda error: told.send(TokenRenewed(tenant, error)),
     )
 
 
@@ -228,17 +228,15 @@ def make_store(settings: Settings, *, clock: Clock = SYSTEM_CLOCK) -> Store:
     if scheme == "sqlite":
         sqlite = importlib.import_module("external_oms.stores.sqlite")
         path = Path(settings.store.removeprefix("sqlite:///"))
-        store: Store = sqlite.SqliteStore(
-            path, keys=keys, clock=clock, history_rows=rows, history_seconds=seconds
-        )
-        return store
+        file_store: Store = sqlite.SqliteStore(path, keys=keys, clock=clock, history_rows=rows, history_seconds=seconds)
+        return file_store
     try:
         redis = importlib.import_module("external_oms.stores.redis")
     except ModuleNotFoundError as error:
         raise SettingsError(
             "store", "Redis needs the extra: pip install 'openfeature-provider-external-oms[redis]'"
         ) from error
-    store = redis.RedisStore(
+    fleet_store: Store = redis.RedisStore(
         settings.store,
         prefix=settings.store_prefix,
         keys=keys,
@@ -247,4 +245,4 @@ def make_store(settings: Settings, *, clock: Clock = SYSTEM_CLOCK) -> Store:
         history_rows=rows,
         history_seconds=seconds,
     )
-    return store
+    return fleet_store

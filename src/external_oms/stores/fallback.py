@@ -212,7 +212,7 @@ class Fallback:
         for tenant in self._known.copy():
             try:
                 store.touch(tenant)
-            except Exception:  # noqa: BLE001, PERF203 - its words cannot be reached, so nobody reads them
+            except Exception:  # noqa: BLE001 - its words cannot be reached, so nobody reads them
                 return
 
     def poll(self) -> Collection[str]:
