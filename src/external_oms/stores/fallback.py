@@ -99,7 +99,10 @@ class Fallback:
         return self._call(lambda store: store.version_ref(tenant))
 
     def load(self, tenant: str) -> Entry:
-        """Return the entry; not verified where the shared store does not have what this process knows."""
+        """Return the entry; not verified where the shared store does not have what this process knows.
+
+        A value that the store has lost is kept as stale, since it is better than none while the API is down.
+        """
         local = self._local
         if local is not None:
             self._known.setdefault(tenant, Entry())
@@ -110,16 +113,20 @@ class Fallback:
             if known is not None and known.generation > entry.generation:
                 entry = self._shared.load(tenant)  # another thread may have loaded a later one in between
         except StoreBusy:
-            return replace(self._known.get(tenant, Entry()), verified=False)
+            last = self._known.get(tenant, Entry())
+            return replace(last, generation=max(last.generation, self._owed.get(tenant, 0)), verified=False)
         except Exception as error:  # noqa: BLE001 - a store must not fail an evaluation, whatever it raises
+            self._known.setdefault(tenant, Entry())
             return self._degrade(error).load(tenant)
-        if known is not None and known.generation > entry.generation:
+        owed = self._owed.get(tenant, 0)
+        if known is not None and known.generation > max(entry.generation, owed):
             logger.warning("tenant %s: the store has lost generation %d; raising it again", tenant, known.generation)
             with self._lock:
-                self._owed[tenant] = max(self._owed.get(tenant, 0), known.generation)
-            return replace(entry, generation=known.generation, verified=False)
-        owed = self._owed.get(tenant)
-        if owed is not None:
+                owed = self._owed[tenant] = max(self._owed.get(tenant, 0), known.generation)
+        if known is not None and known.snapshot is not None and entry.snapshot is None:
+            # the store has lost the value, and perhaps an invalidation with it: stale, and better than no value
+            entry = replace(entry, snapshot=known.snapshot, verified=False)
+        if tenant in self._owed:
             return replace(entry, generation=max(entry.generation, owed), verified=False)
         self._known[tenant] = entry
         return entry
@@ -238,7 +245,7 @@ class Fallback:
         except Exception as error:  # noqa: BLE001 - as in `load`
             self._degrade(error)
             return tuple(self._known)
-        return {*changed, *self._repay()} if self._owed else changed
+        return (*changed, *self._repay()) if self._owed else changed
 
     def _recover(self, local: MemoryStore) -> None:
         """Return to the shared store. Until what is owed is repaid, `load` verifies nothing of those tenants."""
@@ -269,7 +276,8 @@ class Fallback:
             with self._lock:
                 if self._owed.get(tenant) == generation:
                     del self._owed[tenant]
-            self._known.pop(tenant, None)  # what is in the store now is what is known
+            known = self._known.get(tenant, Entry())
+            self._known[tenant] = replace(known, generation=0)  # the generation of the store counts from now on
             self.touch(tenant)
             repaid.append(tenant)
         return repaid
@@ -319,9 +327,8 @@ class Fallback:
         self._shared.start()
 
     def after_fork(self) -> None:
-        """Begin anew in a forked child; what is owed the parent repeats."""
+        """Make a new lock in a forked child. It owes what the parent owes: a repetition more does no harm."""
         self._lock = threading.Lock()
-        self._owed = {}
         self._shared.after_fork()
         if self._local is not None:
             self._local.after_fork()
