@@ -270,7 +270,7 @@ class Cache:
 
     def _evaluate_or_join(self, state: _Tenant) -> tuple[Evaluation, Flight | None]:
         """Return the evaluation, and the flight to wait for where the evaluation has nothing to serve."""
-        self.runner.start()
+        self._start()
         evaluation = self._evaluate(state)
         entry = evaluation.entry
         if evaluation.freshness is Freshness.FRESH or retry_at(entry) > self._clock.monotonic():
@@ -405,7 +405,7 @@ class Cache:
         Raises:
             ReadError: The read failed; the value that is served otherwise stays as it was.
         """
-        self.runner.start()
+        self._start()
         state = self._states[tenant]
         entry = self._load(state)
         now = self._clock.monotonic()
@@ -430,7 +430,7 @@ class Cache:
         Returns:
             The result, and whether all who share the store see the invalidation.
         """
-        self.runner.start()
+        self._start()
         state = self._states[tenant]
         result, shared = self._invalidate_together(state, request)
         if not result.duplicate:
@@ -541,9 +541,12 @@ class Cache:
 
     def start(self) -> None:
         """Start the threads of the store and of the background; idempotent."""
+        self._start()
+        self._sync_all()
+
+    def _start(self) -> None:
         self._store.start()
         self.runner.start()
-        self._sync_all()
 
     def _sync_all(self) -> None:
         for state in self._states.values():
@@ -578,8 +581,7 @@ class Cache:
         for tenant, state in self._states.items():
             state.enabled = known[tenant].enabled
         if started and not self._closed:
-            self._store.start()
-            self.runner.start()
+            self._start()
             self.runner.at("after fork", self._clock.monotonic(), self._sync_all)  # not here: a load may wait
 
     def reopen(self) -> None:

@@ -90,6 +90,7 @@ class Member(Process):
         host = 0 if history.kind != "fleet" else number
         self.clock = SimulatedClock(history.world, 100.0 * host + 50.0, 0.2 * (choices.below(5) - 2))
         self.degraded_until = 0.0
+        self.idle = False
         self.store: CacheStore
         self.handle: Handle | None = None
         if history.kind == "memory":
@@ -186,6 +187,7 @@ class History:
         self.forced: list[float] = []
         self.storm = False
         self.ids = 0
+        self.delivering: dict[str, int] = dict.fromkeys(self.tenants, 0)
         self.taken: set[str] = set()
         self.members: list[Member] = []
         for _ in range(1 if self.kind == "memory" else 2 + choices.below(2)):
@@ -286,9 +288,13 @@ class History:
         """Check what a process stored, at the moment at which it did."""
         if after.generation != before.generation:
             self.raised[tenant, after.generation] = self.world.now
+        if after.failure is not None and after.failure != before.failure and after.failure.token < before.token:
+            raise Violation("P3: the failure of a lease that was replaced is stored")
         snapshot = after.snapshot
         if snapshot is None or snapshot == before.snapshot:
             return
+        if before.snapshot is not None and snapshot.token < before.snapshot.token:
+            raise Violation("P3: the value of a lease that was replaced is stored")
         read = self._read_of(snapshot.etag)
         raised = self.raised.get((tenant, after.generation), 0.0)
         if is_current(after) and read.started < raised - EPSILON and not self.server.losses:
@@ -320,7 +326,7 @@ class History:
     def check(self) -> None:
         """Check what every process would answer now."""
         for member in self.members:
-            if member.alive and not member.frozen:
+            if member.alive and not member.frozen and not member.idle:
                 for tenant in self.tenants:
                     self.check_answer(member, tenant, member.evaluate(tenant, wait=False))
 
@@ -351,6 +357,14 @@ class History:
             if entry.failure is not None or waited
             else windows.stale_while_revalidate_seconds
         )
+        if not self.disturbed and entry.verified and self.kind != "memory":
+            raised = [
+                at
+                for (of, generation), at in self.raised.items()
+                if of == tenant and snapshot.generation < generation <= entry.generation and at > read.started
+            ]
+            if raised and now - min(raised) > limit - windows.ttl_seconds + 2 * self.clock_error:
+                raise Violation(f"P1: {member} serves a value {now - min(raised):.3f} s after it was invalidated first")
         if age > limit + self.clock_error and entry.verified:
             raise Violation(f"P1: {member} serves a value of {age:.3f} s as stale; the limit is {limit:.3f} s")
 
@@ -385,7 +399,11 @@ class History:
 
         def job() -> None:
             started = self.world.now
+            healthy = self.is_healthy(tenant)
             evaluation = member.evaluate(tenant)
+            waited = self.world.now - started
+            if waited > 1.2 and healthy and self.is_healthy(tenant) and self.apis[tenant].changed_at < started:
+                raise Violation(f"P6: an evaluation of {member} waited {waited:.3f} s though everything works")
             self.check_answer(member, tenant, evaluation, waited=self.world.now > started)
             if answers is not None:
                 answers[member.number, tenant] = evaluation
@@ -399,9 +417,12 @@ class History:
 
         def job() -> None:
             called, losses = self.world.now, self.server.losses
+            generation, alone = self.server.entry(tenant).generation, self.delivering[tenant] == 0
+            self.delivering[tenant] += 1
             before = member.evaluate(tenant, wait=False)
             result, shared = member.cache.invalidate(tenant, Invalidation(delivery_id=delivery_id))
             effect = self.raised.get((tenant, result.generation), called) if shared and self.kind != "memory" else called
+            self.delivering[tenant] -= 1
             if self.kind == "memory":  # every process counts for itself
                 taken = member.taken
             else:
@@ -409,6 +430,9 @@ class History:
             if result.duplicate:
                 if delivery_id not in taken:
                     raise Violation(f"P2: the delivery {delivery_id} counts as a duplicate, and was never taken")
+                if alone and not self.disturbed and not self.delivering[tenant]:
+                    if self.server.entry(tenant).generation != generation:
+                        raise Violation(f"P2: the duplicate {delivery_id} raised the generation")
                 return
             if shared and delivery_id is not None:
                 if delivery_id in taken and not self.server.losses:
@@ -440,15 +464,23 @@ class History:
 
         self.world.spawn(member, job, f"deliver {tenant}")
 
+    def is_healthy(self, tenant: str) -> bool:
+        """Return whether nothing has failed so far, and the API of a tenant answers."""
+        api = self.apis[tenant]
+        return not self.disturbed and api.mode == "ok" and not api.lag and self.world.now > api.not_before
+
     def refresh(self, member: Member, tenant: str) -> None:
         """Have a process refresh, in a task."""
         self.forced.append(self.world.now)
 
         def job() -> None:
             called = self.world.now
+            healthy = self.is_healthy(tenant)
             try:
                 evaluation = member.cache.refresh(tenant)
-            except ReadError:
+            except ReadError as error:
+                if healthy and self.is_healthy(tenant) and self.apis[tenant].changed_at < called:
+                    raise Violation(f"P5: {member}: refresh() failed though everything works: {error}") from error
                 return
             snapshot = evaluation.entry.snapshot
             lagging = self.apis[tenant].lag or self.apis[tenant].mode == "absurd"
@@ -486,6 +518,7 @@ class History:
         assert isinstance(runner, SimulatedRunner)
         runner.owner = child
         child.hot = {}
+        child.idle = self.world.choices.chance(50)
         if child.handle is not None:
             child.handle.fork(child, f"m{child.number}.")
         child.cache.after_fork()
@@ -518,7 +551,8 @@ def play(choices: Choices) -> History:
     for _ in range(steps):
         _step(history, choices)
         world.run(choices.pick((0.0, 0.0, 0.005, 0.05, 0.3, 1.1, 2.5, 7.0)), history.check)
-        history.check()
+        if choices.chance(50):
+            history.check()
     # faults end, time passes, and everybody is right again
     server.healing = True
     server.down = server.busy = server.slow = server.deaf = False
@@ -530,6 +564,11 @@ def play(choices: Choices) -> History:
         if member.frozen:
             history.freeze(member)
     world.run(history.windows.ttl_seconds + SETTLE_SECONDS, history.check)
+    for member in history.members:
+        for tenant in history.tenants:
+            value = history.apis[tenant].value
+            if member.alive and member.idle and history.background and member.values.get(tenant) is not value:
+                raise Violation(f"P7: {member}, a forked child, did not follow the store while it was idle")
     last: dict[tuple[int, str], Evaluation] = {}
     for member in history.members:
         if member.alive:
@@ -546,7 +585,7 @@ def _step(history: History, choices: Choices) -> None:
         living = [history.join()]
     member, tenant = choices.pick(living), choices.pick(history.tenants)
     server, api, world = history.server, history.apis[tenant], history.world
-    what = choices.below(30)
+    what = choices.below(33)
     if what < 7:
         world.note(f"{member} evaluates {tenant}")
         history.evaluate(member, tenant)
@@ -573,8 +612,23 @@ def _step(history: History, choices: Choices) -> None:
     elif what < 22:
         api.mode = choices.pick(("ok", "ok", "error", "hang", "limit", "absurd", "plain"))
         api.latency = choices.pick((0.02, 0.1, 0.4))
-        api.lag = choices.pick((0.0, 0.0, 1.5))
+        api.lag = choices.pick((0.0, 0.0, 1.5, 10.0))
+        api.changed_at = world.now
         world.note(f"the API of {tenant}: {api.mode}, latency {api.latency}, lag {api.lag}")
+    elif what == 30:
+        world.note(f"everybody evaluates {tenant}, and {member} takes a delivery")
+        for one in living:
+            history.evaluate(one, tenant)
+        history.deliver(member, tenant, None)
+        for one in living:
+            history.evaluate(one, tenant)
+    elif what == 31:
+        api.flips.append((world.now, not api.value))
+        api.value, api.lag, api.changed_at = not api.value, choices.pick((1.5, 10.0)), world.now
+        world.note(f"the API of {tenant} changes to {api.value}, and a replica lags by {api.lag}")
+        history.deliver(member, tenant, None)
+        world.run(0.2, history.check)
+        history.deliver(member, tenant, None)
     elif history.kind == "memory":
         if what == 22:
             world.note(f"{member} forks")
@@ -590,6 +644,8 @@ def _step(history: History, choices: Choices) -> None:
         history.join()
     elif what == 24:
         history.disturbed = True
+        reading = [one.member for flights in history.in_flight.values() for one in flights if one.member.alive]
+        member = choices.pick(reading) if reading and not member.frozen else member
         history.freeze(member)
         world.note(f"{member} is {'frozen' if member.frozen else 'thawed'}")
     elif what == 25:
@@ -609,9 +665,31 @@ def _step(history: History, choices: Choices) -> None:
         world.note(f"the store: {fault} {getattr(server, fault)}")
     elif what == 28:
         server.remember()
+    elif what == 32:
+        reading = [one for flights in history.in_flight.values() for one in flights if one.member.alive]
+        if reading:
+            read = choices.pick(reading)
+            world.note(f"{read.member} is killed while it reads")
+            history.crash(read.member)
+            world.run(0.1, history.check)
+            _check_dead_lease(history, read)
     else:
         world.note("the store loses data")
         history.lose(choices.pick((server.flush, server.rewind)))
+
+
+def _check_dead_lease(history: History, read: Read) -> None:
+    """Check that one host finds the lease of a process that ended before its time."""
+    server = history.server
+    living = [member for member in history.members if member.alive and not member.frozen and not member.idle]
+    entry = server.entry(read.tenant)
+    faults = server.down or server.busy or server.slow or server.losses or entry.failure is not None
+    if history.kind != "file" or not history.background or not living or faults:
+        return
+    history.world.run(read.started + 2.7 - history.world.now, history.check)
+    lease = server.entry(read.tenant).lease
+    if lease is not None and lease.holder == read.member.handle.holder:  # type: ignore[union-attr]  # it has one
+        raise Violation(f"P5: {read.member} ended, and its lease still keeps the others from reading")
 
 
 def _check_end(history: History, last: dict[tuple[int, str], Evaluation]) -> None:

@@ -35,6 +35,10 @@ FIRST_RETRY_SECONDS = 0.2
 LAST_RETRY_SECONDS = 1.0
 """The longest wait between two tries, before jitter: how long a recovered store stays unused."""
 
+LOST_SECONDS = 2.0
+"""By how many seconds the value in the store must be older than the one that this process knows to count as lost: more
+than the clocks of two hosts differ by."""
+
 T = TypeVar("T")
 
 
@@ -123,11 +127,11 @@ class Fallback:
             logger.warning("tenant %s: the store has lost generation %d; raising it again", tenant, known.generation)
             with self._lock:
                 owed = self._owed[tenant] = max(self._owed.get(tenant, 0), known.generation)
-        if known is not None and known.snapshot is not None and entry.snapshot is None:
-            # the store has lost the value, and perhaps an invalidation with it: stale, and better than no value
+        if known is not None and _has_lost_value(entry, known):
+            # perhaps an invalidation is lost with the value: it is stale, and better than an older one or none
             entry = replace(entry, snapshot=known.snapshot, verified=False)
         if tenant in self._owed:
-            return replace(entry, generation=max(entry.generation, owed), verified=False)
+            entry = replace(entry, generation=max(entry.generation, owed), verified=False)
         self._known[tenant] = entry
         return entry
 
@@ -143,8 +147,10 @@ class Fallback:
         """
         ids = [request.delivery_id for request in requests if request.delivery_id is not None]
         if self._local is None:
+            known = self._known.get(tenant, Entry())
+            transition = partial(invalidate, requests=requests, at_least=known.generation + 1)
             try:
-                results = self._shared.transact(tenant, partial(invalidate, requests=requests), delivery_ids=ids)
+                results = self._shared.transact(tenant, transition, delivery_ids=ids)
             except StoreBusy:
                 return self._owe(tenant, len(requests)), False
             except Exception as error:  # noqa: BLE001 - as in `load`
@@ -276,8 +282,6 @@ class Fallback:
             with self._lock:
                 if self._owed.get(tenant) == generation:
                     del self._owed[tenant]
-            known = self._known.get(tenant, Entry())
-            self._known[tenant] = replace(known, generation=0)  # the generation of the store counts from now on
             self.touch(tenant)
             repaid.append(tenant)
         return repaid
@@ -337,3 +341,10 @@ class Fallback:
         """End the threads and handles of the shared store."""
         if self._owned:
             self._shared.close()
+
+
+def _has_lost_value(entry: Entry, known: Entry) -> bool:
+    """Return whether the store holds no value, or one that was read before the one that this process knows."""
+    if known.snapshot is None or entry.snapshot is None:
+        return known.snapshot is not None
+    return entry.snapshot.read_at + LOST_SECONDS < known.snapshot.read_at
