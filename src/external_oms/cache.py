@@ -194,6 +194,7 @@ class Cache:
         self._waits_after_failure = waits_after_failure
         self._max_waiters = max_waiters
         self._closed = False
+        self._started = False
         self._reader = Reader(
             store=store, source=source, clock=clock, random=random, windows=windows, timeout_seconds=timeout_seconds
         )
@@ -545,6 +546,7 @@ class Cache:
         self._sync_all()
 
     def _start(self) -> None:
+        self._started = True
         self._store.start()
         self.runner.start()
 
@@ -572,7 +574,6 @@ class Cache:
         The child follows the store from now on and not from its first evaluation: one that is idle for minutes must
         not answer with a value that was invalidated meanwhile.
         """
-        started = any(state.planned is not None for state in self._states.values())
         self.runner.after_fork()
         self._store.after_fork()
         self.changes.after_fork()
@@ -580,7 +581,7 @@ class Cache:
         self._states = {tenant: _Tenant(tenant) for tenant in known}
         for tenant, state in self._states.items():
             state.enabled = known[tenant].enabled
-        if started and not self._closed:
+        if self._started and not self._closed:
             self._start()
             self.runner.at("after fork", self._clock.monotonic(), self._sync_all)  # not here: a load may wait
 

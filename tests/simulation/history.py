@@ -189,6 +189,7 @@ class History:
         self.ids = 0
         self.delivering: dict[str, int] = dict.fromkeys(self.tenants, 0)
         self.taken: set[str] = set()
+        self.attempted: set[str] = set()
         self.members: list[Member] = []
         for _ in range(1 if self.kind == "memory" else 2 + choices.below(2)):
             self.join()
@@ -428,12 +429,14 @@ class History:
             else:
                 taken = self.taken
             if result.duplicate:
-                if delivery_id not in taken:
+                if delivery_id not in taken and delivery_id not in self.attempted:
                     raise Violation(f"P2: the delivery {delivery_id} counts as a duplicate, and was never taken")
                 if alone and not self.disturbed and not self.delivering[tenant]:
                     if self.server.entry(tenant).generation != generation:
                         raise Violation(f"P2: the duplicate {delivery_id} raised the generation")
                 return
+            if not shared and delivery_id is not None:
+                self.attempted.add(delivery_id)  # the store may have taken it, and its answer was lost
             if shared and delivery_id is not None:
                 if delivery_id in taken and not self.server.losses:
                     raise Violation(f"P2: the delivery {delivery_id} was taken twice")
@@ -453,7 +456,7 @@ class History:
             after = member.evaluate(tenant, wait=False)
             fresh = before.freshness is Freshness.FRESH and before.fresh_until > member.clock.monotonic()
             stale_left = self.windows.stale_while_revalidate_seconds > answered - called
-            if fresh and stale_left and after.servable is None and self.server.losses == losses:
+            if fresh and stale_left and after.servable is None and self.server.losses == losses and not self.slowed:
                 raise Violation(f"P1: an invalidation made the fresh value of {member} expire")
             if shared:
                 found = member.cache.wait_for_generation(tenant, result.generation)
@@ -501,8 +504,6 @@ class History:
             for delivery in self.deliveries:
                 if delivery.member is member:
                     delivery.others = False
-        if self.server in [handle._server for handle in self.server.handles]:
-            self.server.handles = [handle for handle in self.server.handles if handle._owner is not member]
 
     def freeze(self, member: Member) -> None:
         """Stop a process, or let it go on; then it has missed what the others said meanwhile."""

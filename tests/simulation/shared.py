@@ -110,7 +110,7 @@ class Server:
     def publish(self, tenant: str, sender: Handle) -> None:
         """Tell the other processes of a fleet that a tenant changed."""
         for handle in self.handles:
-            if handle is not sender and not self.deaf and not handle.cut_off:
+            if handle is not sender and handle._owner.alive and not self.deaf and not handle.cut_off:
                 self.messages += 1
                 delay = LATENCY_SECONDS * (1 + self.world.choices.below(4))
                 self.world.call_at(self.world.now + delay, lambda handle=handle: handle.hear(tenant))

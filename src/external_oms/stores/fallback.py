@@ -132,7 +132,11 @@ class Fallback:
             entry = replace(entry, snapshot=known.snapshot, verified=False)
         if tenant in self._owed:
             entry = replace(entry, generation=max(entry.generation, owed), verified=False)
-        self._known[tenant] = entry
+        with self._lock:
+            latest = self._known.get(tenant)
+            if latest is not None and latest.generation > entry.generation:  # an invalidation came in between
+                entry = replace(entry, generation=latest.generation, verified=False)
+            self._known[tenant] = entry
         return entry
 
     def transact(self, tenant: str, transition: Transition[T], *, delivery_ids: Sequence[str] = ()) -> T:
@@ -156,6 +160,7 @@ class Fallback:
             except Exception as error:  # noqa: BLE001 - as in `load`
                 self._degrade(error)
             else:
+                self._follow(tenant, results[-1].generation)
                 return results, True
         unnamed = [replace(request, delivery_id=None) for request in requests]
         with self._lock:
@@ -165,6 +170,16 @@ class Fallback:
             if tenant in self._owed:
                 self._owed[tenant] = max(self._owed[tenant], results[-1].generation)
         return results, False
+
+    def _follow(self, tenant: str, generation: int) -> None:
+        """Have the local store follow an invalidation that the shared store took, where this process has left it."""
+        with self._lock:
+            known = self._known.get(tenant, Entry())
+            if known.generation < generation:  # a local store that is made from now on begins with it
+                self._known[tenant] = replace(known, generation=generation)
+            local = self._local
+        if local is not None:
+            local.transact(tenant, partial(invalidate, requests=[Invalidation()], at_least=generation))
 
     def _owe(self, tenant: str, count: int) -> tuple[Invalidated, ...]:
         known = self._known.get(tenant, Entry())
