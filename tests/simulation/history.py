@@ -187,6 +187,7 @@ class History:
         self.forced: list[float] = []
         self.storm = False
         self.ids = 0
+        self.started_deliveries = 0
         self.delivering: dict[str, int] = dict.fromkeys(self.tenants, 0)
         self.taken: set[str] = set()
         self.attempted: set[str] = set()
@@ -419,7 +420,8 @@ class History:
         def job() -> None:
             called, losses = self.world.now, self.server.losses
             generation, alone = self.server.entry(tenant).generation, self.delivering[tenant] == 0
-            self.delivering[tenant] += 1
+            self.started_deliveries += 1
+            started, self.delivering[tenant] = self.started_deliveries, self.delivering[tenant] + 1
             before = member.evaluate(tenant, wait=False)
             result, shared = member.cache.invalidate(tenant, Invalidation(delivery_id=delivery_id))
             effect = self.raised.get((tenant, result.generation), called) if shared and self.kind != "memory" else called
@@ -431,7 +433,8 @@ class History:
             if result.duplicate:
                 if delivery_id not in taken and delivery_id not in self.attempted:
                     raise Violation(f"P2: the delivery {delivery_id} counts as a duplicate, and was never taken")
-                if alone and not self.disturbed and not self.delivering[tenant]:
+                alone = alone and started == self.started_deliveries and not self.delivering[tenant]
+                if alone and not self.disturbed:
                     if self.server.entry(tenant).generation != generation:
                         raise Violation(f"P2: the duplicate {delivery_id} raised the generation")
                 return
