@@ -190,7 +190,7 @@ def token_source(
         clock=clock,
         timeout_seconds=settings.timeout_seconds,
         retry_after_max_seconds=settings.retry_after_max_seconds,
-        obtained=lambda error: told.tell(Renewal(tenant, error)),
+        on_renewal=lambda error: told.tell(Renewal(tenant, error)),
     )
 
 

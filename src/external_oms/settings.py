@@ -1,14 +1,17 @@
-"""One table of settings: name, default, unit, reason; contradictions are refused here and nowhere else."""
+"""The table of settings: names, defaults, units and reasons; contradictions are refused here and nowhere else."""
 
 from __future__ import annotations
 
 import json
 import os
-import tomllib
+import re
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, SecretStr, ValidationError, field_validator
+from pydantic import BeforeValidator, Field, PlainSerializer, SecretStr, ValidationError, field_validator
+from pydantic_core import ErrorDetails
 from pydantic_settings import (
     BaseSettings,
     NoDecode,
@@ -18,12 +21,14 @@ from pydantic_settings import (
 
 from external_oms.errors import SettingsError
 from external_oms.freshness import Windows
+from external_oms.store_url import StoreURL, check_store_url
 from external_oms.tenants import (
     DEFAULT_BASE_URL,
     DEFAULT_CONFIG_PATH,
     DEFAULT_TOKEN_URL,
     TenantSettings,
     check_credentials,
+    check_secret,
     is_tenant_name,
     safe_path,
     safe_url,
@@ -34,14 +39,19 @@ __all__ = ["ENV_PREFIX", "Settings", "TenantSettings", "listed"]
 ENV_PREFIX = "EXTERNAL_OMS_"
 CONFIG_FILE_VARIABLE = f"{ENV_PREFIX}CONFIG_FILE"
 
-_STORE_SCHEMES = ("memory", "sqlite", "redis", "rediss", "redis+sentinel", "redis+cluster", "rediss+cluster", "unix")
+_SERVICE_LINK = re.compile(
+    r"(?P<service>.*?)(?:SERVICE_HOST|SERVICE_PORT(?:_[A-Z0-9_]+)?|PORT(?:_\d+_(?:TCP|UDP|SCTP)(?:_(?:PROTO|PORT|ADDR))?)?)"
+)
+"""The variables that Kubernetes sets in every pod for a Service, after its name."""
+
+_TABLE = "the settings are listed in docs/settings.md of the project"
 
 
 def listed(given: object) -> object:
-    """A list out of the environment: JSON, or separated by commas; anything but a text as it is.
+    """Return a list from the environment: JSON, or separated by commas; anything but text as it is.
 
     Raises:
-        ValueError: It begins as JSON does and is none.
+        ValueError: It begins as JSON does, and is not JSON.
     """
     if not isinstance(given, str):
         return given
@@ -52,8 +62,9 @@ def listed(given: object) -> object:
 
 
 def _mapped(given: object) -> object:
-    """A mapping out of the environment: JSON."""
-    return _json(given, "must be JSON") if isinstance(given, str) else given
+    """Return a mapping from the environment: JSON."""
+    example = """must be JSON, such as {"acme": {"access_token": "…"}}"""
+    return _json(given, example) if isinstance(given, str) else given
 
 
 def _json(text: str, otherwise: str) -> object:
@@ -75,18 +86,26 @@ class _TomlFile(PydanticBaseSettingsSource):
     """The TOML file that EXTERNAL_OMS_CONFIG_FILE names, as a source of settings."""
 
     def get_field_value(self, field: object, field_name: str) -> tuple[Any, str, bool]:  # noqa: ARG002 - as the base
-        """Unused: the file is read whole."""
+        """Return nothing: the file is read as a whole."""
         return None, field_name, False
 
     def __call__(self) -> dict[str, Any]:
+        import tomllib  # noqa: PLC0415 - few have such a file
+
         named = os.environ.get(CONFIG_FILE_VARIABLE)
         if not named:
             return {}
         try:
             return tomllib.loads(Path(named).expanduser().read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            problem = error.strerror if isinstance(error, OSError) else "it is not UTF-8 TOML"
-            raise SettingsError("config_file", f"{named} cannot be read: {problem}") from error
+        except tomllib.TOMLDecodeError as error:
+            # Only the place: the rest of the message may quote the file, which holds secrets.
+            place = re.search(r"at (?:line \d+, column \d+|end of document)", str(error))
+            problem, cause = f"it is not TOML {place[0] if place else ''}".rstrip(), None
+        except UnicodeDecodeError:
+            problem, cause = "it is not UTF-8", None
+        except (OSError, RecursionError) as error:
+            problem, cause = getattr(error, "strerror", None) or "it is nested too deeply", error
+        raise SettingsError("config_file", f"{named} cannot be read: {problem}") from cause
 
 
 class Settings(BaseSettings):
@@ -104,8 +123,8 @@ class Settings(BaseSettings):
         stale_if_error_seconds: How long after that it may be served while reads fail. 3600: an outage of an hour
             routes on.
         when_expired: What is served after that: the caller's `default` (as an error), `on`, `off`, or the `last` value.
-        timeout_seconds: The whole of one read, redirects of attention and token included. 5.
-        retry_after_max_seconds: The most that a Retry-After is believed. 300: a wrong date must not silence a tenant.
+        timeout_seconds: The limit of one read, obtaining a token included. 5.
+        retry_after_max_seconds: The longest Retry-After that is obeyed. 300: a wrong date must not silence a tenant.
         refresh: `background`: a thread reads before values grow stale; `lazy`: evaluations cause the reads.
         max_concurrent_reads: Reads at once in one process, over all tenants. 16: a few hanging tenants leave room.
         store: How far an invalidation reaches: `memory://`, `sqlite:////path/state.db`, `redis://…`.
@@ -114,12 +133,14 @@ class Settings(BaseSettings):
         history_rows: How many rows of history are kept per store. 10000.
         history_seconds: And for how long. 30 days.
         webhook_secrets: Standard Webhooks secrets (`whsec_…`); several while rotating.
-        webhook_api_keys: Keys that a sender of deliveries may show as a bearer instead.
+        webhook_api_keys: Keys that a sender of deliveries may show as a bearer instead; 16 characters or more.
         webhook_tolerance_seconds: How far a delivery's timestamp may be off. 300, as Standard Webhooks asks.
         webhook_max_bytes: The largest delivery. 65536; the specification asks senders to stay under 20 kB.
         webhook_per_minute: How many deliveries of one tenant, and how many refused ones of one address, are taken
             a minute.
             6000: a storm raises the generation each time and costs few reads, so this only bounds a flood.
+        max_waiters_per_tenant: Deliveries of one tenant that wait for its read at once in one process; the others are
+            answered 202 at once. 16: a tenant whose API hangs leaves threads for the others.
         writes_per_minute: How often one name may switch, and how often have the API read, a minute. 60: as often as
             the API likes.
         logins_per_minute: How often one address may try to log in, a minute. 10: no person mistypes faster.
@@ -168,7 +189,8 @@ class Settings(BaseSettings):
     refresh: Literal["background", "lazy"] = "background"
     max_concurrent_reads: Annotated[int, Field(ge=1, le=256)] = 16
 
-    store: str = "memory://"
+    # As JSON too it shows no password.
+    store: Annotated[str, PlainSerializer(str, when_used="json")] = StoreURL("memory://")
     store_prefix: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:-]{1,64}$")] = "external_oms"
     store_bound_seconds: Seconds = 5.0
     history_rows: Annotated[int, Field(ge=1)] = 10_000
@@ -180,6 +202,7 @@ class Settings(BaseSettings):
     webhook_max_bytes: Annotated[int, Field(ge=1, le=16 * 1024 * 1024)] = 65_536
 
     webhook_per_minute: Annotated[int, Field(ge=1)] = 6000
+    max_waiters_per_tenant: Annotated[int, Field(ge=0, le=4096)] = 16
     writes_per_minute: Annotated[int, Field(ge=1)] = 60
     logins_per_minute: Annotated[int, Field(ge=1)] = 10
     evaluations_per_minute: Annotated[int, Field(ge=1)] = 60_000
@@ -196,24 +219,17 @@ class Settings(BaseSettings):
     insecure: bool = False
 
     def __init__(self, **given: Any) -> None:  # noqa: ANN401 - pydantic's own constructor takes anything and checks it
-        """Gather, check, refuse.
+        """Gather and check the settings.
 
         Raises:
             SettingsError: A setting is unknown, malformed or contradicts another.
         """
-        unknown = sorted(
-            name
-            for name in os.environ
-            if name.startswith(ENV_PREFIX)
-            and name != CONFIG_FILE_VARIABLE
-            and name.removeprefix(ENV_PREFIX).lower() not in type(self).model_fields
-        )
-        if unknown:
-            raise SettingsError(unknown[0], "no such setting; the table of settings is in docs/settings.md")
+        _refuse_unknown_variables(os.environ, type(self).model_fields)
         try:
             super().__init__(**given)
         except ValidationError as error:
-            raise _explained(error) from None  # pydantic's own text may quote the input, which may be a secret
+            # Without pydantic's error: it may quote the input, which may be a secret.
+            raise _explained(error.errors(include_url=False)[0], given, type(self).model_fields) from None
         self._refuse_contradictions()
 
     @classmethod
@@ -235,7 +251,6 @@ class Settings(BaseSettings):
                 f"{self.ttl_seconds:g} is below timeout_seconds ({self.timeout_seconds:g}): a value could grow stale "
                 "during its own read; raise the one or lower the other",
             )
-        _check_store(self.store)
         if self.tenant is None and not self.tenants:
             raise SettingsError("tenant", "is not set; name the tenant, such as acme-staging, or several in tenants")
         if self.tenant is not None and self.tenants:
@@ -250,6 +265,35 @@ class Settings(BaseSettings):
                 )
             check_credentials("" if self.tenant is not None else f"tenants.{name}.", reached)
         self._refuse_shared_addresses()
+        self._refuse_weak_secrets()
+        self._refuse_open_doors()
+
+    def _refuse_weak_secrets(self) -> None:
+        for setting in ("webhook_secrets", "webhook_api_keys"):
+            for number, secret in enumerate(getattr(self, setting), start=1):
+                check_secret(setting, secret.get_secret_value(), entry=number)
+        for number, key in enumerate(self.webhook_api_keys, start=1):
+            if len(key.get_secret_value()) < _LEAST_KEY:
+                problem = f"entry {number} is shorter than {_LEAST_KEY} characters; try `openssl rand -base64 32`"
+                raise SettingsError("webhook_api_keys", problem)
+        if self.session_secret is not None:
+            check_secret("session_secret", self.session_secret.get_secret_value())
+
+    def _refuse_open_doors(self) -> None:
+        """Refuse what lets in more people than it seems to."""
+        entries = [entry.lower().split(":") for entry in self.api_keys]
+        if any(entry[-1] == _HASH_OF_NOTHING for entry in entries):
+            raise SettingsError(
+                "api_keys", "an entry is the hash of an empty key; make one with `external-oms keys new`"
+            )
+        for what, parts in (("key", [entry[-1] for entry in entries]), ("name", [entry[0] for entry in entries])):
+            if len(set(parts)) < len(parts):
+                raise SettingsError("api_keys", f"two entries have the same {what}; each person has one key and role")
+        for given in self.trusted_proxies:
+            if given.endswith("/0"):
+                raise SettingsError("trusted_proxies", f"{given!r} is every address: anybody could give any name")
+        if not re.fullmatch(r"[A-Za-z0-9-]{1,64}", self.identity_header) or self.identity_header.lower() in _NOT_A_NAME:
+            raise SettingsError("identity_header", f"{self.identity_header[:80]!r} is not a header that names a person")
 
     def _refuse_shared_addresses(self) -> None:
         """Two tenants at one address would be one configuration under two names, read with two tenants' tokens."""
@@ -276,6 +320,12 @@ class Settings(BaseSettings):
         own = {"access_token": self.access_token, "client_id": self.client_id, "client_secret": self.client_secret}
         return {self.tenant: TenantSettings(**shared, **own)}
 
+    @field_validator("store")
+    @classmethod
+    def _checked_store(cls, given: str) -> str:
+        check_store_url(given)
+        return StoreURL(given)
+
     @field_validator("base_url", "token_url")
     @classmethod
     def _safe_url(cls, given: str) -> str:
@@ -300,29 +350,80 @@ class Settings(BaseSettings):
         return type(self)(**{name: getattr(self, name) for name in self.model_fields_set} | changes)
 
 
-def _check_store(store: str) -> None:
-    scheme, separator, rest = store.partition("://")
-    allowed = "memory://, sqlite:////absolute/path.db, redis://host:6379/0, rediss://…"
-    if not separator or scheme not in _STORE_SCHEMES:
-        raise SettingsError("store", f"the scheme is not one of those allowed: {allowed}")
-    if scheme == "sqlite" and not (rest.startswith("//") and rest.strip("/")):
-        raise SettingsError(
-            "store", "a sqlite store is named by an absolute path: sqlite:////var/lib/external-oms/state.db"
-        )
-    if scheme == "memory" and rest:
-        raise SettingsError("store", "the memory store takes no path: memory://")
+_LEAST_KEY = 16
+_HASH_OF_NOTHING = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+"""SHA-256 of an empty key, which every request would show."""
+
+_NOT_A_NAME = frozenset({"authorization", "cookie", "host", "proxy-authorization", "x-api-key", "x-forwarded-for"})
+"""Headers that say something else than who asks."""
 
 
-def _explained(error: ValidationError) -> SettingsError:
-    """Pydantic's first complaint in our form: the name, what was given (never a secret), what is allowed."""
-    first = error.errors(include_input=True, include_url=False)[0]
-    place = [str(part) for part in first["loc"]]
-    setting = ".".join(part for part in place if not part.startswith("function-")) or "settings"
-    if first["type"] == "extra_forbidden":
-        return SettingsError(setting, "no such setting; the table of settings is in docs/settings.md")
-    given = first.get("input")
-    shown = ""
+def _refuse_unknown_variables(environ: Mapping[str, str], fields: Iterable[str]) -> None:
+    known = {*fields, "config_file"}
+    for variable in sorted(environ):
+        name = variable.removeprefix(ENV_PREFIX)
+        if name == variable or name.lower() in known or _is_service_link(name, environ):
+            continue
+        raise SettingsError(variable, _unknown(name.lower(), known))
+
+
+def _is_service_link(name: str, environ: Mapping[str, str]) -> bool:
+    """Return whether Kubernetes set a variable for a Service named `external-oms`, or `external-oms-…`.
+
+    For the latter the host of the Service must be set as well, so that a misspelt setting is not taken for a link.
+    """
+    found = _SERVICE_LINK.fullmatch(name)
+    if found is None:
+        return False
+    service = found["service"]
+    return not service or (service.endswith("_") and f"{ENV_PREFIX}{service}SERVICE_HOST" in environ)
+
+
+def _unknown(name: str, known: Iterable[str]) -> str:
+    close = get_close_matches(name, known, 1)
+    return f"no such setting; did you mean `{close[0]}`?" if close else f"no such setting; {_TABLE}"
+
+
+_EXPECTED = {
+    "float_parsing": "seconds, such as 30",
+    "float_type": "seconds, such as 30",
+    "finite_number": "a finite number of seconds, such as 30",
+    "int_parsing": "a whole number",
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "bool_parsing": "true or false",
+    "bool_type": "true or false",
+    "string_type": "text",
+    "tuple_type": "a list",
+    "dict_type": "a table, by tenant",
+    "model_type": "a table",
+    "literal_error": "{expected}",
+    "greater_than": "greater than {gt:g}",
+    "greater_than_equal": "{ge:g} or more",
+    "less_than_equal": "{le:g} or less",
+}
+"""What is expected, by pydantic's type of error."""
+
+
+def _explained(first: ErrorDetails, keywords: Mapping[str, object], fields: Iterable[str]) -> SettingsError:
+    """Return one complaint of pydantic's in our form: the name, what was given (never a secret), what is expected."""
+    place = [str(part) for part in first["loc"] if not str(part).startswith("function-")]
+    setting, top, kind = ".".join(place) or "settings", place[0] if place else "", first["type"]
+    named = os.environ.get(CONFIG_FILE_VARIABLE)
+    source = (
+        f" (in {named})" if named and top not in keywords and f"{ENV_PREFIX}{top}".upper() not in os.environ else ""
+    )
+    if kind == "extra_forbidden":
+        if setting == "external_oms":
+            return SettingsError(setting, f"no such setting{source}; settings stand at the top level, in no section")
+        known = fields if len(place) == 1 else TenantSettings.model_fields
+        return SettingsError(setting, _unknown(place[-1], known).replace("setting;", f"setting{source};", 1))
+    expected = _EXPECTED.get(kind)
+    message = expected.format(**first.get("ctx", {})) if expected else str(first["msg"]).removeprefix("Value error, ")
+    given, shown = first["input"], ""
     secret = any(word in setting for word in ("secret", "token", "key", "store")) or setting == "tenants"
     if not secret and isinstance(given, str | int | float | bool) and "@" not in str(given):  # a URL with a password
-        shown = f"{str(given)[:80]!r} given; "
-    return SettingsError(setting, shown + str(first["msg"]).removeprefix("Value error, "))
+        shown = f"{str(given)[:80]!r} given{source}; "
+    elif source:
+        shown = f"is wrong{source}; "
+    return SettingsError(setting, shown + (f"must be {message}" if expected and not shown else message))
