@@ -245,7 +245,7 @@ def test_a_refusal_says_which_settings_to_check_and_nothing_the_server_said(
         (Fault(dropped="body", where="token"), Unavailable, None, None),
     ],
 )
-def test_each_failure_of_the_endpoint_has_its_error(
+def test_each_failure_of_the_endpoint_has_its_name(
     api: ConfigAPIEmulator,
     clock: FakeClock,
     fault: Fault,

@@ -153,7 +153,7 @@ def _json_type(value: object) -> str:
 
 
 _INSTANT = re.compile(
-    r"(?P<minute>[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}):(?P<second>[0-9]{2})(?P<fraction>\.[0-9]+)?"
+    r"(?P<minute>[0-9]{4}-[0-9]{2}-[0-9]{2}T(?:[01][0-9]|2[0-3]):[0-9]{2}):(?P<second>[0-9]{2})(?P<fraction>\.[0-9]+)?"
     r"(?P<offset>Z|[+-][0-9]{2}:[0-9]{2})",
     re.IGNORECASE,
 )

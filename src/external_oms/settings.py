@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
-from difflib import get_close_matches
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, PlainSerializer, SecretStr, ValidationError, field_validator
-from pydantic_core import ErrorDetails
 from pydantic_settings import (
     BaseSettings,
     NoDecode,
@@ -21,6 +19,7 @@ from pydantic_settings import (
 
 from external_oms.errors import SettingsError
 from external_oms.freshness import Windows
+from external_oms.settings_errors import refuse_unknown_variables, settings_error
 from external_oms.store_url import StoreURL, check_store_url
 from external_oms.tenants import (
     DEFAULT_BASE_URL,
@@ -38,13 +37,6 @@ __all__ = ["ENV_PREFIX", "Settings", "TenantSettings", "listed"]
 
 ENV_PREFIX = "EXTERNAL_OMS_"
 CONFIG_FILE_VARIABLE = f"{ENV_PREFIX}CONFIG_FILE"
-
-_SERVICE_LINK = re.compile(
-    r"(?P<service>.*?)(?:SERVICE_HOST|SERVICE_PORT(?:_[A-Z0-9_]+)?|PORT(?:_\d+_(?:TCP|UDP|SCTP)(?:_(?:PROTO|PORT|ADDR))?)?)"
-)
-"""The variables that Kubernetes sets in every pod for a Service, after its name."""
-
-_TABLE = "the settings are listed in docs/settings.md of the project"
 
 
 def listed(given: object) -> object:
@@ -80,6 +72,12 @@ Texts = Annotated[tuple[str, ...], NoDecode, Listed]
 # thirty years at the most: the system cannot wait for three hundred
 Seconds = Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)]
 SecondsOrNone = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
+
+
+def _file_of(setting: str, keywords: Mapping[str, object]) -> str | None:
+    """Return the TOML file if a setting comes from there, since neither a keyword nor the environment has it."""
+    elsewhere = setting in keywords or f"{ENV_PREFIX}{setting}".upper() in os.environ
+    return None if elsewhere else os.environ.get(CONFIG_FILE_VARIABLE)
 
 
 class _TomlFile(PydanticBaseSettingsSource):
@@ -133,7 +131,7 @@ class Settings(BaseSettings):
         history_rows: How many rows of history are kept per store. 10000.
         history_seconds: And for how long. 30 days.
         webhook_secrets: Standard Webhooks secrets (`whsec_…`); several while rotating.
-        webhook_api_keys: Keys that a sender of deliveries may show as a bearer instead; 16 characters or more.
+        webhook_api_keys: Keys that a sender of deliveries may show as a bearer instead; 8 characters or more.
         webhook_tolerance_seconds: How far a delivery's timestamp may be off. 300, as Standard Webhooks asks.
         webhook_max_bytes: The largest delivery. 65536; the specification asks senders to stay under 20 kB.
         webhook_per_minute: How many deliveries of one tenant, and how many refused ones of one address, are taken
@@ -224,12 +222,14 @@ class Settings(BaseSettings):
         Raises:
             SettingsError: A setting is unknown, malformed or contradicts another.
         """
-        _refuse_unknown_variables(os.environ, type(self).model_fields)
+        fields = type(self).model_fields
+        refuse_unknown_variables(os.environ, fields, prefix=ENV_PREFIX, also=CONFIG_FILE_VARIABLE)
         try:
             super().__init__(**given)
         except ValidationError as error:
+            first = error.errors(include_url=False)[0]
             # Without pydantic's error: it may quote the input, which may be a secret.
-            raise _explained(error.errors(include_url=False)[0], given, type(self).model_fields) from None
+            raise settings_error(first, fields, file=_file_of(str(first["loc"][0]), given)) from None
         self._refuse_contradictions()
 
     @classmethod
@@ -266,33 +266,37 @@ class Settings(BaseSettings):
             check_credentials("" if self.tenant is not None else f"tenants.{name}.", reached)
         self._refuse_shared_addresses()
         self._refuse_weak_secrets()
-        self._refuse_open_doors()
+        self._refuse_ambiguous_identities()
 
     def _refuse_weak_secrets(self) -> None:
         for setting in ("webhook_secrets", "webhook_api_keys"):
             for number, secret in enumerate(getattr(self, setting), start=1):
-                check_secret(setting, secret.get_secret_value(), entry=number)
-        for number, key in enumerate(self.webhook_api_keys, start=1):
-            if len(key.get_secret_value()) < _LEAST_KEY:
-                problem = f"entry {number} is shorter than {_LEAST_KEY} characters; try `openssl rand -base64 32`"
-                raise SettingsError("webhook_api_keys", problem)
+                check_secret(setting, text := secret.get_secret_value(), entry=number)
+                if len(text) < _LEAST_KEY:
+                    advice = f"entry {number} is shorter than {_LEAST_KEY} characters; try `openssl rand -base64 32`"
+                    raise SettingsError(setting, advice)
         if self.session_secret is not None:
             check_secret("session_secret", self.session_secret.get_secret_value())
 
-    def _refuse_open_doors(self) -> None:
-        """Refuse what lets in more people than it seems to."""
-        entries = [entry.lower().split(":") for entry in self.api_keys]
-        if any(entry[-1] == _HASH_OF_NOTHING for entry in entries):
-            raise SettingsError(
-                "api_keys", "an entry is the hash of an empty key; make one with `external-oms keys new`"
-            )
-        for what, parts in (("key", [entry[-1] for entry in entries]), ("name", [entry[0] for entry in entries])):
-            if len(set(parts)) < len(parts):
-                raise SettingsError("api_keys", f"two entries have the same {what}; each person has one key and role")
+    def _refuse_ambiguous_identities(self) -> None:
+        digests: set[str] = set()
+        roles: dict[str, str] = {}
+        for number, entry in enumerate(self.api_keys, start=1):
+            (name, _, rest), problem = entry.partition(":"), ""
+            role, _, digest = rest.lower().partition(":")
+            if digest == _HASH_OF_NOTHING:
+                problem = "is the hash of an empty key; make one with `external-oms keys new`"
+            elif digest in digests:
+                problem = "has the key of another entry; a key has one name and one role"
+            elif roles.setdefault(name, role) != role:
+                problem = "gives a name another role than an entry before it; a name has one role"
+            if problem:
+                raise SettingsError("api_keys", f"entry {number} {problem}")
+            digests.add(digest)
         for given in self.trusted_proxies:
             if given.endswith("/0"):
-                raise SettingsError("trusted_proxies", f"{given!r} is every address: anybody could give any name")
-        if not re.fullmatch(r"[A-Za-z0-9-]{1,64}", self.identity_header) or self.identity_header.lower() in _NOT_A_NAME:
+                raise SettingsError("trusted_proxies", f"{given!r} is every address, so anybody could give any name")
+        if not re.fullmatch(r"[A-Za-z0-9-]{1,64}", self.identity_header) or self.identity_header.lower() in _NO_NAMES:
             raise SettingsError("identity_header", f"{self.identity_header[:80]!r} is not a header that names a person")
 
     def _refuse_shared_addresses(self) -> None:
@@ -350,80 +354,11 @@ class Settings(BaseSettings):
         return type(self)(**{name: getattr(self, name) for name in self.model_fields_set} | changes)
 
 
-_LEAST_KEY = 16
+_LEAST_KEY = 8
+"""Characters of a webhook key: fewer are found by trying."""
+
 _HASH_OF_NOTHING = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
 """SHA-256 of an empty key, which every request would show."""
 
-_NOT_A_NAME = frozenset({"authorization", "cookie", "host", "proxy-authorization", "x-api-key", "x-forwarded-for"})
+_NO_NAMES = frozenset({"authorization", "cookie", "host", "proxy-authorization", "x-api-key", "x-forwarded-for"})
 """Headers that say something else than who asks."""
-
-
-def _refuse_unknown_variables(environ: Mapping[str, str], fields: Iterable[str]) -> None:
-    known = {*fields, "config_file"}
-    for variable in sorted(environ):
-        name = variable.removeprefix(ENV_PREFIX)
-        if name == variable or name.lower() in known or _is_service_link(name, environ):
-            continue
-        raise SettingsError(variable, _unknown(name.lower(), known))
-
-
-def _is_service_link(name: str, environ: Mapping[str, str]) -> bool:
-    """Return whether Kubernetes set a variable for a Service named `external-oms`, or `external-oms-…`.
-
-    For the latter the host of the Service must be set as well, so that a misspelt setting is not taken for a link.
-    """
-    found = _SERVICE_LINK.fullmatch(name)
-    if found is None:
-        return False
-    service = found["service"]
-    return not service or (service.endswith("_") and f"{ENV_PREFIX}{service}SERVICE_HOST" in environ)
-
-
-def _unknown(name: str, known: Iterable[str]) -> str:
-    close = get_close_matches(name, known, 1)
-    return f"no such setting; did you mean `{close[0]}`?" if close else f"no such setting; {_TABLE}"
-
-
-_EXPECTED = {
-    "float_parsing": "seconds, such as 30",
-    "float_type": "seconds, such as 30",
-    "finite_number": "a finite number of seconds, such as 30",
-    "int_parsing": "a whole number",
-    "int_type": "a whole number",
-    "int_from_float": "a whole number",
-    "bool_parsing": "true or false",
-    "bool_type": "true or false",
-    "string_type": "text",
-    "tuple_type": "a list",
-    "dict_type": "a table, by tenant",
-    "model_type": "a table",
-    "literal_error": "{expected}",
-    "greater_than": "greater than {gt:g}",
-    "greater_than_equal": "{ge:g} or more",
-    "less_than_equal": "{le:g} or less",
-}
-"""What is expected, by pydantic's type of error."""
-
-
-def _explained(first: ErrorDetails, keywords: Mapping[str, object], fields: Iterable[str]) -> SettingsError:
-    """Return one complaint of pydantic's in our form: the name, what was given (never a secret), what is expected."""
-    place = [str(part) for part in first["loc"] if not str(part).startswith("function-")]
-    setting, top, kind = ".".join(place) or "settings", place[0] if place else "", first["type"]
-    named = os.environ.get(CONFIG_FILE_VARIABLE)
-    source = (
-        f" (in {named})" if named and top not in keywords and f"{ENV_PREFIX}{top}".upper() not in os.environ else ""
-    )
-    if kind == "extra_forbidden":
-        if setting == "external_oms":
-            return SettingsError(setting, f"no such setting{source}; settings stand at the top level, in no section")
-        known = fields if len(place) == 1 else TenantSettings.model_fields
-        return SettingsError(setting, _unknown(place[-1], known).replace("setting;", f"setting{source};", 1))
-    expected = _EXPECTED.get(kind)
-    message = expected.format(**first.get("ctx", {})) if expected else str(first["msg"]).removeprefix("Value error, ")
-    given, shown = first["input"], ""
-    secret = any(word in setting for word in ("secret", "token", "key", "store")) or setting == "tenants"
-    if not secret and isinstance(given, str | int | float | bool) and "@" not in str(given):  # a URL with a password
-        shown = f"{str(given)[:80]!r} given{source}; "
-    elif source:
-        shown = f"is wrong{source}; "
-    return SettingsError(setting, shown + (f"must be {message}" if expected and not shown else message))

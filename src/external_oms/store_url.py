@@ -9,11 +9,11 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 
 __all__ = ["StoreURL", "check_store_url", "mask_passwords"]
 
-_MASK = "***"
+_MASK = "…"
 
 
 def mask_passwords(url: str) -> str:
-    """Return a store URL with `***` for its password, and for every query option with `password` in its name.
+    """Return a store URL with `…` for its user and password, and for each query option with `password` in its name.
 
     A malformed URL, such as one with an unescaped `@` or `?` in its password, is masked more widely, never less.
     """
@@ -27,11 +27,8 @@ def mask_passwords(url: str) -> str:
         for name, equals, value in options
     ]
     shown = address + mark + "&".join(masked)
-    credentials, at, place = shown.rpartition("@")
-    if at:
-        user = re.match(r"[\w.~%+-]+:", credentials)
-        shown = f"{user[0] if user else ''}{_MASK}@{place}"
-    return scheme + separator + shown
+    _, at, place = shown.rpartition("@")
+    return scheme + separator + (f"{_MASK}@{place}" if at else shown)
 
 
 class StoreURL(str):
@@ -114,7 +111,8 @@ def check_store_url(url: str) -> None:
 
 def _check_redis(url: str, scheme: str) -> None:
     options, example = _REDIS[scheme]
-    malformed = ValueError(f"its host or port is malformed; such as {example}")
+    escapes = "in a password or an option, write @ as %40, / as %2F, ? as %3F, and # as %23"
+    malformed = ValueError(f"its host or port is malformed; such as {example}; {escapes}")
     try:
         parts = urlsplit(url)
         hosts = parts.netloc.rpartition("@")[2].split(",")
@@ -122,7 +120,7 @@ def _check_redis(url: str, scheme: str) -> None:
     except ValueError:
         raise malformed from None
     if parts.fragment or "@" in parts.path + parts.query:
-        raise ValueError("in a password or an option, write @ as %40, / as %2F, ? as %3F, and # as %23")
+        raise ValueError(f"it is malformed; {escapes}")
     several = scheme == "redis+sentinel"
     if 0 in ports or (len(hosts) > 1 and not several) or (several and not all(hosts)):
         raise malformed

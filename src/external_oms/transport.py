@@ -72,7 +72,8 @@ class Deadline:
         self.sent = False
         self._subject = subject
         self._clock = clock
-        self._whole_seconds = max(0.0, at - clock.monotonic())
+        whole = max(0.0, at - clock.monotonic())
+        self._late = f"no complete response within {whole:.3g} s; raise timeout_seconds if the server is slow"
         self._lock = threading.Lock()
         self._sockets: list[socket.socket] = []
         self._timer: threading.Timer | None = None
@@ -101,9 +102,10 @@ class Deadline:
         with self._lock:
             self._sockets.append(sock.dup())
             if self._timer is None:
-                self._timer = threading.Timer(left, self.abort)
-                self._timer.daemon = True
-                self._timer.start()
+                timer = threading.Timer(left, self.abort)
+                timer.daemon = True
+                timer.start()
+                self._timer = timer
         self.remaining_seconds()  # if it ended before the socket was on the list, nobody shut the socket down
 
     def abort(self, reason: str | None = None) -> None:
@@ -112,15 +114,14 @@ class Deadline:
         Args:
             reason: Why, for the error; None: the time is over. Only the first reason is reported.
         """
-        late = f"no complete response within {self._whole_seconds:.3g} s; raise timeout_seconds if the server is slow"
         with self._lock:
-            self._reason = self._reason or reason or late
+            self._reason = self._reason or reason or self._late
             for sock in self._sockets:
                 with suppress(OSError):  # not connected yet, or closed by the peer
                     sock.shutdown(socket.SHUT_RDWR)
 
     def error(self, cause: Exception, otherwise: str) -> Unavailable:
-        """Return the error for an exchange that failed: why the deadline ended, or else the given text."""
+        """Return the error for a request that failed: why the deadline ended, or else the given text."""
         if isinstance(cause, requests.Timeout | TimeoutError):
             self.abort()
         return Unavailable(f"{self._subject}: {self._reason or otherwise}")
@@ -144,15 +145,14 @@ class Transport:
     """Sends requests, over a session of its own or over the application's.
 
     Its own session is made once, and anew in a forked child. It obeys proxies and CA bundles as requests does
-    (`HTTPS_PROXY`, `REQUESTS_CA_BUNDLE`). Each request has a new connection, closed after it: reads are half a minute
-    apart, so a connection kept open is as often dead as alive, and a host that moves to another address is followed at
-    once. Only the system's name resolver keeps its own time limit.
+    (`HTTPS_PROXY`, `REQUESTS_CA_BUNDLE`). Each request has a new connection: reads are half a minute apart, when an open
+    one is as often dead as alive. Only the system's name resolver keeps its own time limit.
 
     The application's session keeps its adapters, hooks and certificates. Then each socket operation is limited to the
     time that is left, and the deadline is checked after each byte of the body; but a server that drips *headers* can
     hold a caller longer, and `abort` does not reach into it.
 
-    Neither follows redirects, reads ~/.netrc, or returns a cookie that a server sets.
+    Neither follows redirects, reads ~/.netrc, or sends back a cookie that a server set.
 
     Args:
         session: The application's session, or None.
@@ -163,7 +163,7 @@ class Transport:
 
     def __init__(self, session: requests.Session | None, *, subject: str, url_setting: str, clock: Clock) -> None:
         self._own = session is None
-        self._session = session or _own_session()
+        self._session = _own_session() if session is None else session
         self._subject = subject
         self._url_setting = url_setting
         self._clock = clock
@@ -269,9 +269,9 @@ class Transport:
         return bytes(received)
 
 
-@cache
+@cache  # it reads the disk, and is not needed at import
 def _version() -> str:
-    return version("openfeature-provider-external-oms")  # reads the disk, so not at import
+    return version("openfeature-provider-external-oms")
 
 
 def _authorize(token: str | None, request: requests.PreparedRequest) -> requests.PreparedRequest:
@@ -283,7 +283,7 @@ def _authorize(token: str | None, request: requests.PreparedRequest) -> requests
 
 def _explained(error: Exception, url: str, url_setting: str) -> str:
     """Return what went wrong and what to check. The host in the message comes from a setting, and is no secret."""
-    host, reason = urlsplit(url).hostname, _reason(error)
+    host, reason = urlsplit(url).hostname, _urllib3_error(error)
     if isinstance(error, requests.exceptions.SSLError):
         return f"TLS with {host} failed; is its certificate trusted here (REQUESTS_CA_BUNDLE names a CA bundle)?"
     if isinstance(error, requests.exceptions.ProxyError):
@@ -295,23 +295,19 @@ def _explained(error: Exception, url: str, url_setting: str) -> str:
     return _BROKEN
 
 
-def _reason(error: Exception) -> object:
-    """Return the error of urllib3 beneath an error of requests."""
+def _urllib3_error(error: Exception) -> object:
     return getattr(error.args[0], "reason", None) if error.args else None
 
 
 def _before_sending(error: Exception) -> bool:
     """Return whether the application's session failed before the request can have been sent; if in doubt, it was."""
     invalid = requests.exceptions.InvalidHeader | requests.exceptions.InvalidSchema | requests.exceptions.InvalidURL
-    return isinstance(error, requests.ConnectTimeout | invalid) or isinstance(_reason(error), NewConnectionError)
+    return isinstance(error, requests.ConnectTimeout | invalid) or isinstance(_urllib3_error(error), NewConnectionError)
 
 
 def _without_cookies(session: requests.Session) -> requests.Session:
-    """Return the session with a copy of its cookie jar, so that cookies which servers set are dropped with the copy.
-
-    `copy.copy` cannot do this: a Session copies by a list of names, which lacks the attributes of a subclass.
-    """
-    clone = object.__new__(type(session))
+    """Return the session with a copy of its cookie jar, so that cookies which servers set are dropped with the copy."""
+    clone = object.__new__(type(session))  # `copy.copy` would lose the attributes of a subclass
     clone.__dict__.update(session.__dict__)
     clone.cookies = session.cookies.copy()
     return clone
@@ -336,7 +332,7 @@ def _tls_context(bundle: str, changed_ns: int) -> ssl.SSLContext:  # noqa: ARG00
 
 
 class _Adapter(HTTPAdapter):
-    """The adapter of a session of ours: deadlines watch its connections, and each connection carries one request."""
+    """The adapter of our own session: deadlines watch its connections, and each connection carries one request."""
 
     def get_connection_with_tls_context(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - passed on
         pool: Any = super().get_connection_with_tls_context(*args, **kwargs)
