@@ -63,7 +63,17 @@ FOREIGN: dict[str, tuple[str, ...]] = {
 }
 """Every foreign library and the rooms that may import it, at whatever depth of the code."""
 
-LATE_ONLY = ("flask", "redis", "tomllib", "click", "standardwebhooks", "prometheus_client", "gunicorn", "pytest")
+LATE_ONLY = (
+    "flask",
+    "redis",
+    "sqlite3",
+    "tomllib",
+    "click",
+    "standardwebhooks",
+    "prometheus_client",
+    "gunicorn",
+    "pytest",
+)
 """What `import external_oms` must not bring."""
 
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

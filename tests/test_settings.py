@@ -129,7 +129,11 @@ def test_each_tenant_takes_what_it_leaves_out_from_the_top_but_never_credentials
             "white space",
         ),
         (ONE | {"webhook_secrets": ["whsec_x" * 9, SECRET + "\n"]}, "webhook_secrets", "entry 2 begins or ends with"),
-        (ONE | {"webhook_api_keys": [SECRET + " "]}, "webhook_api_keys", "entry 1 begins or ends with white space"),
+        (
+            ONE | {"webhook_api_keys": [SECRET + " "]},
+            "webhook_api_keys",
+            "entry 1 must be printable ASCII without spaces; is there a newline at its end?",
+        ),
         (ONE | {"webhook_api_keys": [SECRET, "a"]}, "webhook_api_keys", "entry 2 is shorter than 8"),
         (ONE | {"session_secret": SECRET + "\n"}, "session_secret", "white space"),
         (ONE | {"base_url": "https://h.example\r\nX: y"}, "base_url", "control characters"),

@@ -23,7 +23,6 @@ from external_oms.settings import Settings, TenantSettings
 from external_oms.signals import Signal
 from external_oms.stores.base import Store
 from external_oms.stores.memory import MemoryStore
-from external_oms.stores.sqlite import SqliteStore
 from external_oms.workers import Workers
 
 __all__ = ["Renewal", "Service", "assemble", "make_store", "token_source"]
@@ -206,6 +205,8 @@ def make_store(settings: Settings, *, clock: Clock = SYSTEM_CLOCK) -> Store:
     if scheme == "memory":
         return MemoryStore(clock=clock, history_rows=rows, history_seconds=seconds)
     if scheme == "sqlite":
+        from external_oms.stores.sqlite import SqliteStore  # noqa: PLC0415 - a sixth of importing the package
+
         return SqliteStore(
             Path(settings.store.removeprefix("sqlite:///")), clock=clock, history_rows=rows, history_seconds=seconds
         )

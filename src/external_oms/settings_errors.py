@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from difflib import get_close_matches
 
 from pydantic_core import ErrorDetails
 
@@ -96,6 +95,8 @@ def settings_error(first: ErrorDetails, fields: Iterable[str], *, file: str | No
 
 
 def _unknown(name: str, known: Iterable[str], source: str = "") -> str:
+    from difflib import get_close_matches  # noqa: PLC0415 - needed for an error only
+
     close = get_close_matches(name, known, 1)
     advice = f"did you mean `{close[0]}`?" if close else "docs/settings.md of the project lists them all"
     return f"no such setting{source}; {advice}"

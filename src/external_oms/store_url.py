@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from difflib import get_close_matches
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 __all__ = ["StoreURL", "check_store_url", "mask_passwords"]
@@ -128,6 +127,8 @@ def _check_redis(url: str, scheme: str) -> None:
     for name, value in parse_qsl(parts.query, keep_blank_values=True):
         if name not in options:
             shown = f"`{name}`" if re.fullmatch("[a-z_]{1,32}", name) else "one of its options"
+            from difflib import get_close_matches  # noqa: PLC0415 - needed for an error only
+
             close = get_close_matches(name, options, 1)
             advice = f"did you mean `{close[0]}`?" if close else f"known are {', '.join(options)}"
             raise ValueError(f"{shown} is unknown; {advice}")

@@ -17,6 +17,7 @@ __all__ = [
     "DEFAULT_TOKEN_URL",
     "TenantSettings",
     "check_credentials",
+    "check_header_text",
     "check_secret",
     "is_loopback",
     "is_tenant_name",
@@ -96,7 +97,7 @@ class TenantSettings(BaseModel):
         scope: the scopes to ask for, separated by spaces; empty asks for the client's own.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True, defer_build=True)
 
     base_url: str = DEFAULT_BASE_URL
     config_path: str = DEFAULT_CONFIG_PATH
@@ -142,10 +143,7 @@ def check_credentials(prefix: str, given: TenantSettings) -> None:
             f"{prefix}access_token", "is set beside client_id or client_secret; set the token or the client, not both"
         )
     if given.access_token is not None:
-        token = given.access_token.get_secret_value()
-        if not token or not token.isascii() or not token.isprintable() or " " in token:
-            problem = "must be printable ASCII without spaces; is there a newline at its end?"
-            raise SettingsError(f"{prefix}access_token", problem)
+        check_header_text(f"{prefix}access_token", given.access_token.get_secret_value())
         return
     if given.client_id is None and given.client_secret is None:
         raise SettingsError(f"{prefix}access_token", "no credentials: set access_token, or client_id and client_secret")
@@ -156,8 +154,8 @@ def check_credentials(prefix: str, given: TenantSettings) -> None:
     check_secret(f"{prefix}client_secret", given.client_secret.get_secret_value())
 
 
-def check_secret(setting: str, text: str, *, entry: int | None = None) -> None:
-    """Refuse a secret that is empty, or has white space at an end: it would be compared or sent as it is.
+def check_header_text(setting: str, text: str, *, entry: int | None = None) -> None:
+    """Refuse a secret that cannot be sent as a token in a header.
 
     Args:
         setting: The setting's name.
@@ -165,7 +163,23 @@ def check_secret(setting: str, text: str, *, entry: int | None = None) -> None:
         entry: Its number, if the setting is a list.
 
     Raises:
-        SettingsError: As said; the message does not contain the secret.
+        SettingsError: It is empty, or not printable ASCII without spaces; the message does not contain it.
+    """
+    if not text or not text.isascii() or not text.isprintable() or " " in text:
+        which = "" if entry is None else f"entry {entry} "
+        raise SettingsError(setting, f"{which}must be printable ASCII without spaces; is there a newline at its end?")
+
+
+def check_secret(setting: str, text: str, *, entry: int | None = None) -> None:
+    """Refuse a secret that is empty, or begins or ends with white space: it would be compared or sent as it is.
+
+    Args:
+        setting: The setting's name.
+        text: The secret.
+        entry: Its number, if the setting is a list.
+
+    Raises:
+        SettingsError: It is; the message does not contain it.
     """
     which = "" if entry is None else f"entry {entry} "
     if not text:

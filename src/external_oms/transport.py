@@ -145,8 +145,8 @@ class Transport:
     """Sends requests, over a session of its own or over the application's.
 
     Its own session is made once, and anew in a forked child. It obeys proxies and CA bundles as requests does
-    (`HTTPS_PROXY`, `REQUESTS_CA_BUNDLE`). Each request has a new connection: reads are half a minute apart, when an open
-    one is as often dead as alive. Only the system's name resolver keeps its own time limit.
+    (`HTTPS_PROXY`, `REQUESTS_CA_BUNDLE`). Each request has a new connection: reads are half a minute apart, so that an
+    open one is as often dead as alive. Only the system's name resolver keeps its own time limit.
 
     The application's session keeps its adapters, hooks and certificates. Then each socket operation is limited to the
     time that is left, and the deadline is checked after each byte of the body; but a server that drips *headers* can
