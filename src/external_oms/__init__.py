@@ -1,4 +1,4 @@
-"""The face: re-exports, and nothing else; what belongs to an extra, and Authlib, is imported when it is used."""
+"""Re-exports of the public names; what belongs to an extra is imported when it is used."""
 
 from __future__ import annotations
 
