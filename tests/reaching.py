@@ -34,6 +34,7 @@ __all__ = [
     "recording",
     "script_of",
     "silence",
+    "wait_until",
 ]
 
 TOKEN = "t0ken-do-not-print"
@@ -47,16 +48,24 @@ def descriptors() -> int:
     return sum(1 for _ in Path("/proc/self/fd").iterdir())
 
 
+def wait_until(holds: Callable[[], bool], seconds: float = 5.0) -> bool:
+    """Return whether it holds before long: for what has no event to wait on."""
+    until = time.monotonic() + seconds
+    while not holds():
+        if time.monotonic() > until:
+            return False
+        threading.Event().wait(0.005)
+    return True
+
+
 @contextmanager
 def nothing_left_behind() -> Iterator[None]:
     """Afterwards: the threads and the descriptors of before."""
     threads, before = set(threading.enumerate()), descriptors()
     yield
-    deadline = time.monotonic() + 5
-    while time.monotonic() < deadline:  # a server's thread may still be on its way out
-        if set(threading.enumerate()) <= threads and descriptors() <= before:
-            return
-        threading.Event().wait(0.01)
+    # a server's thread may still be about to end
+    if wait_until(lambda: set(threading.enumerate()) <= threads and descriptors() <= before):
+        return
     pytest.fail(f"left behind: {set(threading.enumerate()) - threads}, or descriptors")
 
 

@@ -15,7 +15,8 @@ SOURCE = Path(__file__).parents[1] / "src" / PACKAGE
 
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "clock", "freshness", "signals"),
-    ("tenants",),
+    ("store_url", "tenants"),
+    ("settings_errors",),
     ("settings", "config", "signature", "transport"),
     ("auth",),
     ("client", "stores"),
@@ -38,8 +39,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 """From the ground up: a room imports rooms of lower floors, and inside itself; never its neighbours on one floor."""
 
 FOREIGN: dict[str, tuple[str, ...]] = {
-    "authlib": ("auth",),
-    "cachetools": ("auth", "cache", "stores.memory", "stores.sqlite", "stores.redis"),
+    "cachetools": ("cache", "stores.memory", "stores.sqlite", "stores.redis"),
     "click": ("cli",),
     "flask": ("web", "emulator", "emulated"),
     "gunicorn": ("web", "cli"),
@@ -51,6 +51,7 @@ FOREIGN: dict[str, tuple[str, ...]] = {
     "platformdirs": ("cli",),
     "prometheus_client": ("web.gauges", "web.metrics"),
     "pydantic": ("tenants", "settings", "auth"),
+    "pydantic_core": ("settings_errors",),
     "pydantic_settings": ("settings",),
     "pytest": ("pytest_plugin",),
     "redis": ("stores.redis_client", "stores.redis_link"),
@@ -62,7 +63,17 @@ FOREIGN: dict[str, tuple[str, ...]] = {
 }
 """Every foreign library and the rooms that may import it, at whatever depth of the code."""
 
-LATE_ONLY = ("flask", "redis", "authlib", "click", "standardwebhooks", "prometheus_client", "gunicorn", "pytest")
+LATE_ONLY = (
+    "flask",
+    "redis",
+    "sqlite3",
+    "tomllib",
+    "click",
+    "standardwebhooks",
+    "prometheus_client",
+    "gunicorn",
+    "pytest",
+)
 """What `import external_oms` must not bring."""
 
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
