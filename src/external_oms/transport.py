@@ -11,12 +11,15 @@ from __future__ import annotations
 # Two that the standard library and requests would import at the first call, in a reader thread: a fork in the middle of
 # an import leaves the module's lock held for ever in the child.
 import encodings.idna  # noqa: F401 - imported for its being there
+import math
 import netrc  # noqa: F401 - likewise
 import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import UTC
+from email.utils import parsedate_to_datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
