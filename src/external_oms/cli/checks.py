@@ -11,7 +11,6 @@ from email.utils import parsedate_to_datetime
 from enum import StrEnum
 from urllib.parse import urlsplit
 
-from external_oms.assemble import make_store, token_source
 from external_oms.auth import TokenSource
 from external_oms.client import READ_SCOPE, WRITE_SCOPE, ConfigClient
 from external_oms.clock import Clock
@@ -20,6 +19,7 @@ from external_oms.errors import ExternalOMSError, ReadError, SettingsError
 from external_oms.settings import ENV_PREFIX, Settings, TenantSettings
 from external_oms.transport import Transport
 from external_oms.web.app import FLAGS, check_credentials
+from external_oms.wiring import make_store, token_source
 
 __all__ = ["Finding", "Verdict", "claims_of", "examine", "origins"]
 

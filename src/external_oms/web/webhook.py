@@ -16,7 +16,7 @@ from flask import Blueprint, Request, Response, jsonify, request
 
 from external_oms import signature
 from external_oms.errors import ExternalOMSError, SignatureError
-from external_oms.operations import Delivered
+from external_oms.operations import DeliveryResult
 from external_oms.web.bodies import demand_json_type, json_object, raw_body
 from external_oms.web.parts import Parts
 from external_oms.web.problems import Problem, problem_of, resource
@@ -48,7 +48,7 @@ def blueprint(parts: Parts) -> Blueprint:
             refused = problem_of(error)
             why = error.__cause__ if isinstance(error.__cause__, SignatureError) else refused.detail
             _log(refused.status, request, str(why))
-            parts.refused.tell(refused.kind)
+            parts.refused.send(refused.kind)
             if refused is error:
                 raise
             raise refused from error
@@ -64,7 +64,7 @@ def blueprint(parts: Parts) -> Blueprint:
     return mounted
 
 
-def _received(parts: Parts, asked: Request) -> Delivered:
+def _received(parts: Parts, asked: Request) -> DeliveryResult:
     body = raw_body(asked, max_bytes=parts.settings.webhook_max_bytes)
     delivery_id = _genuine(parts, asked, body)
     demand_json_type(asked)
@@ -132,7 +132,7 @@ def _tenant_in(delivery: dict[str, JSON]) -> str | None:
     return str(named[0]) if named else None
 
 
-def _shape(answer: Delivered) -> dict[str, JSON]:
+def _shape(answer: DeliveryResult) -> dict[str, JSON]:
     return {
         "tenant": answer.tenant,
         "generation": answer.generation,

@@ -5,10 +5,9 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Literal
 
-from external_oms.freshness import Freshness
-from external_oms.judgement import Source, State
+from external_oms.policy import Freshness, Source, State
+from external_oms.records import Cause, Event
 from external_oms.settings import Settings
-from external_oms.stores.base import Cause, Event
 
 __all__ = [
     "Flag",
