@@ -25,8 +25,9 @@ from external_oms.judgement import Answer, last_number
 from external_oms.judgement import Source as Origin
 from external_oms.stores.base import Acquired, Record
 from external_oms.stores.memory import MemoryStore
-from tests.conftest import FakeClock
-from tests.scripted import SOON, TENANT, WINDOWS, Hand, SkipClock, Source, eventually, make_cache
+from tests.support.clock import FakeClock, SkipClock
+from tests.support.scripted import SOON, TENANT, WINDOWS, Hand, Source, make_cache
+from tests.support.waiting import wait_until
 
 CROWD = 50
 
@@ -251,7 +252,7 @@ def test_with_a_servable_value_nobody_waits_for_the_read(threaded: Threaded, sec
     assert {(value(answer), answer.freshness) for answer in answers} == {(True, Freshness.STALE)}
     assert len(threaded.source.reads) == 2
     held.answer(False)
-    assert eventually(lambda: value(cache.lookup(TENANT)) is False)
+    wait_until(lambda: value(cache.lookup(TENANT)) is False)
 
 
 def test_an_async_evaluation_that_waits_leaves_the_loop_to_others(threaded: Threaded) -> None:
@@ -310,7 +311,7 @@ def test_a_read_that_outlasts_the_loop_of_its_waiter_ends_quietly(
     with pytest.raises(TimeoutError):
         asyncio.run(gives_up())
     threaded.source.held().answer(True)
-    assert eventually(lambda: value(cache.peek(TENANT)) is True)
+    wait_until(lambda: value(cache.peek(TENANT)) is True)
     gc.collect()
     assert caplog.records == []
 
@@ -387,7 +388,7 @@ def test_a_stale_value_is_never_called_fresh_between_an_invalidation_and_its_rea
         answer = cache.lookup(TENANT)
         assert answer.freshness is Freshness.STALE
         threaded.source.held().answer(flip)
-        assert eventually(lambda: cache.lookup(TENANT).freshness is Freshness.FRESH)
+        wait_until(lambda: cache.lookup(TENANT).freshness is Freshness.FRESH)
         answer = cache.lookup(TENANT)
         assert value(answer) is flip
         assert answer.record.generation == generation
@@ -402,7 +403,7 @@ def test_a_forced_refresh_never_joins_an_older_read(threaded: Threaded) -> None:
         older = threaded.source.held()
         forced = [pool.submit(cache.refresh, TENANT) for _ in range(2)]
         lane = cache._flights._lanes[TENANT]
-        assert eventually(lambda: lane.following is not None)
+        wait_until(lambda: lane.following is not None)
         older.answer(False)
         assert value(waiting.result(SOON)) is False
         assert not forced[0].done()
@@ -469,7 +470,7 @@ def test_threads_that_evaluate_while_others_announce_never_see_a_value_go_back_n
     threads = [threading.Thread(target=job, daemon=True) for job in (evaluate, evaluate, evaluate, announce)]
     for thread in threads:
         thread.start()
-    assert eventually(lambda: announced[0] >= 300 or bool(wrong))
+    wait_until(lambda: announced[0] >= 300 or bool(wrong))
     stop.set()
     for thread in threads:
         thread.join(SOON)
@@ -575,7 +576,7 @@ def test_a_wait_that_the_api_asks_of_a_read_that_was_overtaken_is_obeyed_too(thr
     overtaken = threaded.source.held()
     cache.invalidate(TENANT)
     overtaken.answer(RateLimited("429", status=429, retry_after_seconds=60.0))
-    assert eventually(lambda: cache.state(TENANT).failures == 1)
+    wait_until(lambda: cache.state(TENANT).failures == 1)
     for _ in range(10):
         cache.lookup(TENANT)
         with pytest.raises(RateLimited):
@@ -631,7 +632,7 @@ def test_after_a_bucket_is_empty_one_caller_waits_for_the_read_and_the_others_co
     assert time.monotonic() - began < 3.0
     patient = [answer for answer in answers if answer is not None]
     assert len(patient) <= 1
-    assert eventually(lambda: cache.peek(TENANT).freshness is Freshness.FRESH), "the read follows by itself"
+    wait_until(lambda: cache.peek(TENANT).freshness is Freshness.FRESH, message="the read follows by itself")
 
 
 # -- who is told ---------------------------------------------------------------------------------------------------
@@ -705,7 +706,7 @@ def test_a_thread_that_loaded_earlier_and_comes_back_later_turns_nothing_back(th
     assert store.loaded.wait(SOON)
     threaded.source.says = False
     cache.refresh(TENANT)
-    assert eventually(lambda: bool(told) and told[-1] == (2, False))
+    wait_until(lambda: bool(told) and told[-1] == (2, False))
     before = list(told)
     store.go_on.set()
     store.slow.join(SOON)
@@ -839,11 +840,11 @@ def test_a_flight_that_waits_for_another_process_begins_no_read_after_the_end(th
     waiting = threading.Thread(target=cache.lookup, args=(TENANT,), daemon=True)
     waiting.start()
     flight = cache._flights._lanes[TENANT]
-    assert eventually(lambda: flight.flight is not None and flight.flight.denied_at is not None)
+    wait_until(lambda: flight.flight is not None and flight.flight.denied_at is not None)
     cache.close(5.0)
     waiting.join(SOON)
     store.release(lease)  # type: ignore[arg-type]  # nobody else asked for it
-    assert eventually(lambda: not [thread for thread in newcomers() if thread.name == "external-oms-read"])
+    wait_until(lambda: not [thread for thread in newcomers() if thread.name == "external-oms-read"])
     assert threaded.source.reads == []
 
 
@@ -856,11 +857,11 @@ def test_reopened_it_works_as_at_first_whatever_happened_at_the_end(threaded: Th
     cache.close(0.05)
     cache.lookup(TENANT)
     late.answer(Unavailable("late"))
-    assert eventually(lambda: not [thread for thread in newcomers() if thread.name == "external-oms-read"])
+    wait_until(lambda: not [thread for thread in newcomers() if thread.name == "external-oms-read"])
     threaded.source.holding.clear()
     cache.reopen()
     cache.start()
-    assert eventually(lambda: value(cache.peek(TENANT)) is True), "the background reads again"
+    wait_until(lambda: value(cache.peek(TENANT)) is True, message="the background reads again")
     assert value(cache.lookup(TENANT)) is True
     cache.close()
     cache.reopen()
@@ -876,7 +877,7 @@ def test_a_value_read_as_the_end_came_is_kept(threaded: Threaded) -> None:
     held = threaded.source.held()
     cache.close(0.05)
     held.answer(True)
-    assert eventually(lambda: store.load(TENANT).snapshot is not None)
+    wait_until(lambda: store.load(TENANT).snapshot is not None)
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")  # newer Pythons warn of what is tested here
@@ -903,18 +904,18 @@ def test_a_forked_child_answers_at_once_refreshes_and_hears_invalidations(thread
             began = time.monotonic()
             warm = cache.lookup(TENANT)
             quick = time.monotonic() - began < 1.0
-            refreshed = eventually(lambda: value(cache.lookup(TENANT)) is False)
+            wait_until(lambda: value(cache.lookup(TENANT)) is False)
             cache.invalidate(TENANT)
             heard = cache.lookup(TENANT).freshness is Freshness.STALE
             again = value(cache.refresh(TENANT)) is False
-            code = 0 if (value(warm) is True and quick and refreshed and heard and again) else 2
+            code = 0 if (value(warm) is True and quick and heard and again) else 2
         finally:
             os._exit(code)
     for lock in locks:
         lock.release()
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     held.answer(True)
-    assert eventually(lambda: cache.lookup(TENANT).freshness is Freshness.FRESH)
+    wait_until(lambda: cache.lookup(TENANT).freshness is Freshness.FRESH)
 
 
 def test_a_job_may_be_run_on_a_reader(threaded: Threaded) -> None:

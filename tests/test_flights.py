@@ -13,7 +13,7 @@ from external_oms.errors import MalformedAnswer, RateLimited, ReadError, Unavail
 from external_oms.flights import Flight, Flights, Pause, ReadEnd
 from external_oms.stores.base import Lease
 from external_oms.stores.memory import MemoryStore
-from tests.conftest import FakeClock
+from tests.support.clock import FakeClock
 
 TENANT = "acme"
 ON = Reading(Document(enabled=True))

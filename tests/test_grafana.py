@@ -7,7 +7,6 @@ import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from time import monotonic, sleep
 from typing import Any
 
 import pytest
@@ -15,8 +14,9 @@ import yaml  # type: ignore[import-untyped]  # comes with schemathesis; its stub
 
 from external_oms.emulator import ConfigAPIEmulator
 from external_oms.web import create_app
-from tests.web.conftest import TENANT
-from tests.web.scrapes import Scrape
+from tests.support.scrapes import Scrape
+from tests.support.waiting import wait_until
+from tests.support.web import TENANT
 
 ROOT = Path(__file__).parents[1]
 GRAFANA = ROOT / "examples" / "grafana"
@@ -35,11 +35,8 @@ def scraped() -> Scrape:
             assert parts.service.cache.refresh(TENANT).record.snapshot is not None
             assert client.post("/webhooks/external-oms", json={}).status_code == 200
             parts.service.reporter._report()
-            until = monotonic() + 10
-            while "last_invalidation_applied_seconds{" not in (text := client.get("/metrics").text):
-                assert monotonic() < until, text
-                sleep(0.01)
-            return Scrape.of(text)
+            wait_until(lambda: "last_invalidation_applied_seconds{" in client.get("/metrics").text)
+            return Scrape.of(client.get("/metrics").text)
         finally:
             parts.provider.shutdown()
 

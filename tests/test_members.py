@@ -23,8 +23,8 @@ from external_oms.members import (
 )
 from external_oms.stores.base import Member
 from external_oms.stores.memory import MemoryStore
-from tests.conftest import FakeClock
-from tests.scripted import TENANT, Hand, Source, make_cache
+from tests.support.clock import FakeClock
+from tests.support.scripted import TENANT, Hand, Source, make_cache
 
 
 class Counting(MemoryStore):

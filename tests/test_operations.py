@@ -23,8 +23,8 @@ from external_oms.freshness import BUCKET_BURST, Freshness
 from external_oms.operations import READ_BACK_PAUSES_SECONDS, READ_BACK_SECONDS, Delivered, Operations
 from external_oms.stores.base import Cause, Event
 from external_oms.stores.memory import MemoryStore
-from tests.conftest import FakeClock
-from tests.scripted import TENANT, Hand, Source, make_cache
+from tests.support.clock import FakeClock
+from tests.support.scripted import TENANT, Hand, Source, make_cache
 
 OTHER = "zulu"
 

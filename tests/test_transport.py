@@ -26,15 +26,15 @@ from external_oms.errors import (
     Unavailable,
     WriteOutcomeUnknown,
 )
-from tests.hostile import Hostile, Line, certificate
-from tests.reaching import (
+from tests.support.hostile import Hostile, Line
+from tests.support.ports import free_port
+from tests.support.reaching import (
     DEADLINE,
     DOCUMENT,
     SLACK,
     TOKEN,
     answer,
     client_at,
-    closed_port,
     descriptors,
     nothing_left_behind,
     own_or_users,
@@ -42,6 +42,7 @@ from tests.reaching import (
     script_of,
     silence,
 )
+from tests.support.tls import certificate
 
 
 @pytest.fixture
@@ -317,7 +318,7 @@ def test_a_status_counts_though_its_body_never_comes() -> None:
 
 
 def test_a_closed_port_and_an_unknown_name_are_told_apart() -> None:
-    port = closed_port()
+    port = free_port()
     with pytest.raises(Unavailable, match="no connection; is the address right"):
         client_at(f"http://127.0.0.1:{port}").read()
     with pytest.raises(Unavailable, match="its host name cannot be resolved"):
@@ -340,7 +341,7 @@ def test_a_proxy_of_the_environment_is_used(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_proxy_that_cannot_be_reached_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    port = closed_port()
+    port = free_port()
     monkeypatch.setenv("HTTPS_PROXY", f"http://127.0.0.1:{port}")
     with pytest.raises(Unavailable, match="HTTPS_PROXY"):
         client_at("https://{tenant}.example.com").read()

@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -16,6 +16,7 @@ import pytest
 from external_oms import workers as workers_module
 from external_oms.clock import SYSTEM_CLOCK, Clock
 from external_oms.workers import Workers
+from tests.support.waiting import wait_until
 
 SOON = 10.0
 """When a test that waits for a thread gives up; none comes near it."""
@@ -59,16 +60,6 @@ STRANGERS: set[threading.Thread] = set()
 def names(word: str) -> list[str]:
     threads = set(threading.enumerate()) - STRANGERS
     return [thread.name for thread in threads if thread.name == f"external-oms-{word}"]
-
-
-def eventually(holds: Callable[[], bool]) -> bool:
-    """Whether it holds before long: for what has no event to wait on, such as the end of a thread."""
-    until = time.monotonic() + SOON
-    while not holds():
-        if time.monotonic() > until:
-            return False
-        time.sleep(0.001)
-    return True
 
 
 class Hold:
@@ -133,7 +124,7 @@ def test_an_idle_reader_is_used_again(make: Made) -> None:
 
         workers.submit(job)
         assert done.wait(SOON)
-        assert eventually(lambda: workers._crew.idle == 1)
+        wait_until(lambda: workers._crew.idle == 1)
     assert len(set(ran_on)) == 1
 
 
@@ -141,7 +132,7 @@ def test_an_idle_reader_that_has_a_job_already_does_not_hold_up_the_next(make: M
     for _ in range(20):
         workers = make(readers=4)
         workers.submit(lambda: None)
-        assert eventually(lambda: workers._crew.idle == 1)  # noqa: B023 - called at once
+        wait_until(lambda: workers._crew.idle == 1)  # noqa: B023 - called at once
         holds = [Hold() for _ in range(3)]
         for hold in holds:
             workers.submit(hold)
@@ -189,7 +180,7 @@ def test_a_reader_that_ends_idle_takes_no_job_with_it(
         done = threading.Event()
         workers.submit(done.set)
         assert done.wait(SOON)
-    assert eventually(lambda: names("read") == [])
+    wait_until(lambda: names("read") == [])
     assert workers._crew.idle == 0
     assert not workers._crew.threads
 
@@ -215,7 +206,7 @@ def test_a_due_time_is_not_kept_too_early_and_an_earlier_one_wakes_the_thread(ma
     workers, done = make(), threading.Event()
     at: list[float] = []
     workers.at(time.monotonic() + 3600.0, lambda: at.append(-1.0))
-    assert eventually(lambda: bool(names("due")))
+    wait_until(lambda: bool(names("due")))
     when = time.monotonic() + 0.05
 
     def job() -> None:
@@ -234,7 +225,7 @@ def test_a_due_time_beyond_what_the_system_can_wait_for_ends_nothing(make: Made,
     workers.at(time.monotonic() + seconds, lambda: pytest.fail("not in this life"))
     workers.at(time.monotonic() + 0.01, done.set)
     assert done.wait(SOON)
-    assert eventually(lambda: names("due") == ["external-oms-due"])
+    wait_until(lambda: names("due") == ["external-oms-due"])
     done.clear()
     workers.at(time.monotonic(), done.set)
     assert done.wait(SOON)
@@ -314,7 +305,7 @@ def test_closing_ends_every_thread_within_a_second_and_drops_what_waits(make: Ma
     workers.at(time.monotonic() + 3600.0, lambda: ran.append("due"))
     closing = threading.Thread(target=workers.close, args=(SOON,))
     closing.start()
-    assert eventually(lambda: workers._crew.closing)
+    wait_until(lambda: workers._crew.closing)
     for hold in holds:
         hold.may_end.set()
     closing.join(SOON)
@@ -337,7 +328,7 @@ def test_closing_does_not_wait_for_a_job_that_hangs_longer_than_it_may(make: Mad
     workers.close(0.05)
     assert time.monotonic() - began < 1.0
     hold.may_end.set()
-    assert eventually(lambda: names("read") == []), "it ends by itself when its job does"
+    wait_until(lambda: names("read") == [], message="it ends by itself when its job does")
 
 
 def test_a_job_may_close_the_workers_itself(make: Made) -> None:
@@ -349,7 +340,7 @@ def test_a_job_may_close_the_workers_itself(make: Made) -> None:
 
     workers.at(time.monotonic(), job)
     assert done.wait(SOON)
-    assert eventually(lambda: names("due") == [])
+    wait_until(lambda: names("due") == [])
 
 
 def test_after_reopening_it_works_as_at_first(make: Made) -> None:
@@ -384,8 +375,8 @@ def test_a_thread_left_over_from_before_the_reopening_ends_with_its_job(make: Ma
     assert len(names("due")) == 2
     hanging.may_end.set()
     hanging_due.may_end.set()
-    assert eventually(lambda: len(names("read")) == 1 and len(names("due")) == 1)
-    assert eventually(lambda: workers._crew.idle == 1)
+    wait_until(lambda: len(names("read")) == 1 and len(names("due")) == 1)
+    wait_until(lambda: workers._crew.idle == 1)
     workers.close(SOON)
     assert names("read") == names("due") == []
 

@@ -16,8 +16,8 @@ from external_oms.stores.base import Lease, Record
 from external_oms.stores.redis import RedisStore
 from external_oms.stores.redis_follow import AGAIN
 from external_oms.stores.redis_mirror import supersedes
-from tests.scripted import WINDOWS
 from tests.simulation.fleet import TENANT, WALL
+from tests.support.scripted import WINDOWS
 
 __all__ = ["Outage", "outage"]
 

@@ -23,7 +23,8 @@ from external_oms.config import Snapshot
 from external_oms.stores.base import Lease, Member
 from external_oms.stores.redis import RedisStore
 from tests.simulation.costs import Costs
-from tests.stores.redis_server import RedisServer, until
+from tests.support.redis import RedisServer
+from tests.support.waiting import wait_until
 
 __all__ = ["Meter", "idle_member", "measure", "snapshot_of"]
 
@@ -136,7 +137,7 @@ def _copies(server: RedisServer, message: str, *, times: int = 200) -> tuple[flo
             whole.append(done["seconds"] / times)
             for one in sockets:
                 one.close()
-            until(lambda: client.pubsub_numsub("external_oms:changes")[0][1] == 0)
+            wait_until(lambda: client.pubsub_numsub("external_oms:changes")[0][1] == 0)
     span = counts[1] - counts[0]
     return (inside[1] - inside[0]) / span, (whole[1] - whole[0]) / span
 

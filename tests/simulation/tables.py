@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from external_oms.stores.redis import RedisStore
-from tests.scripted import WINDOWS
 from tests.simulation.alone import outage
 from tests.simulation.costs import MEASURED, Load, Steady, steady_load
 from tests.simulation.fleet import Api, Fleet, answering, hanging, refusing
+from tests.support.scripted import WINDOWS
 
 __all__ = ["SIZES", "TABLES", "Table", "fleet_of", "markdown"]
 

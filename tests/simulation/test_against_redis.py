@@ -20,14 +20,13 @@ from external_oms.errors import Unavailable
 from external_oms.freshness import Windows
 from external_oms.stores.base import Busy, Lease
 from external_oms.stores.redis import RedisStore
-from tests.scripted import WINDOWS, eventually
 from tests.simulation.costs import MEASURED, Load, Steady, steady_load
 from tests.simulation.fleet import Fleet
 from tests.simulation.measure import Meter, idle_member, snapshot_of
 from tests.simulation.real import Api, members_of
-from tests.stores.redis_server import RedisServer, needs_redis
-
-pytestmark = needs_redis
+from tests.support.redis import RedisServer
+from tests.support.scripted import WINDOWS
+from tests.support.waiting import wait_until
 
 TOLERANCE = 0.25
 """How far the model may be off; what is counted by a few may be off by two besides."""
@@ -56,9 +55,9 @@ def close_to(measured: float, predicted: float, *, few: float = 2.0) -> bool:
 
 def in_step(members: Sequence[tuple[Cache, RedisStore]], client: redis.Redis) -> Meter:
     """A meter, once everybody has the value, hears, and has nothing more to ask."""
-    assert eventually(lambda: all(cache.state("acme").enabled and store.is_hearing for cache, store in members))
+    wait_until(lambda: all(cache.state("acme").enabled and store.is_hearing for cache, store in members))
     meter, quiet = Meter(client), threading.Event()
-    assert eventually(lambda: not quiet.wait(0.3) and meter.look().get("evalsha", 0) == 0)
+    wait_until(lambda: not quiet.wait(0.3) and meter.look().get("evalsha", 0) == 0)
     return meter
 
 
@@ -77,7 +76,7 @@ def running(stack: ExitStack, server: RedisServer, members: int, tenants: int) -
             seed=SEED,
         )
     )
-    assert eventually(lambda: len({tenant for _, tenant in api.reads}) == tenants)
+    wait_until(lambda: len({tenant for _, tenant in api.reads}) == tenants)
     return api, Meter(stack.enter_context(server.client()))
 
 
@@ -189,10 +188,10 @@ def test_members_whose_redis_is_gone_do_not_read_together(server: RedisServer) -
         bound_seconds=1.0,
         seed=SEED,
     ) as members:
-        assert eventually(lambda: all(cache.state("acme").enabled for cache, _ in members))
+        wait_until(lambda: all(cache.state("acme").enabled for cache, _ in members))
         server.stop()
         gone = SYSTEM_CLOCK.monotonic()
-        assert eventually(lambda: len(api.reads) >= 9)
+        wait_until(lambda: len(api.reads) >= 9)
     alone = [at - gone for at, _ in api.reads if at > gone][:8]
     busiest = Counter(math.floor(2 * at) for at in alone).most_common(1)[0][1]
     assert busiest <= 5, f"they read at {alone}"

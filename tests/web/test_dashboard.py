@@ -21,8 +21,8 @@ from external_oms.web.dashboard import PANELS, TIMELINE_ROWS
 from external_oms.web.fleet import KEEP_SECONDS
 from external_oms.web.parts import parts_of
 from external_oms.web.words import latency, span, title_of
-from tests.web.conftest import ENTRIES, SECRET, TENANT, Server, StartServer, with_key
-from tests.web.pages import form_token, open_browser, text_of
+from tests.support.pages import form_token, open_browser, text_of
+from tests.support.web import ENTRIES, SECRET, TENANT, Server, StartServer, with_key
 
 RANK = {"stranger": -1, "nobody": -1, "viewer": 1, "operator": 2, "admin": 3}
 ONE = f"/tenants/{TENANT}"

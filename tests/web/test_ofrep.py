@@ -18,7 +18,7 @@ from external_oms import FLAG_KEY, ExternalOMSProvider
 from external_oms.emulator import Fault
 from external_oms.errors import StoreError
 from external_oms.web import ExternalOMS, events, ofrep
-from tests.web.conftest import ENTRIES, KEYS, SECRET, TENANT, Server, StartServer, with_key
+from tests.support.web import ENTRIES, KEYS, SECRET, TENANT, Server, StartServer, with_key
 
 ONE = f"/ofrep/v1/evaluate/flags/{FLAG_KEY}"
 ALL = "/ofrep/v1/evaluate/flags"

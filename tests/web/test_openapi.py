@@ -24,7 +24,7 @@ from external_oms.emulator import ConfigAPIEmulator
 from external_oms.errors import StoreError
 from external_oms.web import create_app, openapi
 from external_oms.web.parts import parts_of
-from tests.web.conftest import BEARER, ENTRIES, HOOK, SECRET, TENANT, Server, StartServer, with_key
+from tests.support.web import BEARER, ENTRIES, HOOK, SECRET, TENANT, Server, StartServer, with_key
 
 CHECKS = [
     not_a_server_error,

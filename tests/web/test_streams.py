@@ -11,7 +11,7 @@ import pytest
 from external_oms.cache import Change, ChangeKind
 from external_oms.web.problems import Problem
 from external_oms.web.streams import Hub, Message, stream_response
-from tests.web.conftest import TENANT, Server, StartServer
+from tests.support.web import TENANT, Server, StartServer
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from werkzeug.test import EnvironBuilder, TestResponse, run_wsgi_app
 from external_oms import signature
 from external_oms.emulator import ConfigAPIEmulator, Fault
 from external_oms.web.problems import PROBLEM_TYPE
-from tests.web.conftest import BEARER, HOOK, MALFORMED, OLD_SECRET, SECRET, TENANT, Server, StartServer
+from tests.support.web import BEARER, HOOK, MALFORMED, OLD_SECRET, SECRET, TENANT, Server, StartServer
 
 LOGGER = "external_oms"
 

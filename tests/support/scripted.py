@@ -1,11 +1,10 @@
-"""What the tests of the core share: a clock that can skip, a source that does as told, a runner moved by hand."""
+"""What the tests of the core share: a source that does as told, a runner moved by hand."""
 
 from __future__ import annotations
 
 import heapq
 import itertools
 import threading
-import time
 from collections.abc import Callable
 
 from external_oms.cache import Cache
@@ -16,41 +15,15 @@ from external_oms.freshness import Windows
 from external_oms.stores.base import Store
 from external_oms.stores.memory import MemoryStore
 from external_oms.workers import Runner, Workers
-from tests.conftest import FakeClock
+from tests.support.clock import FakeClock
 
-__all__ = ["SOON", "TENANT", "WINDOWS", "Hand", "Held", "SkipClock", "Source", "eventually", "make_cache"]
+__all__ = ["SOON", "TENANT", "WINDOWS", "Hand", "Held", "Source", "make_cache"]
 
 TENANT = "acme"
 SOON = 10.0
 """When a test that waits for a thread gives up; none comes near it."""
 
 WINDOWS = Windows(ttl_seconds=30.0, stale_while_revalidate_seconds=30.0, stale_if_error_seconds=3600.0)
-
-
-def eventually(holds: Callable[[], bool]) -> bool:
-    """Whether it holds before long: for what has no event to wait on, such as the end of a thread."""
-    until = time.monotonic() + SOON
-    while not holds():
-        if time.monotonic() > until:
-            return False
-        time.sleep(0.001)
-    return True
-
-
-class SkipClock:
-    """The machine's clock, and as much more as the test says has passed: for real threads in long stories."""
-
-    def __init__(self) -> None:
-        self._skipped = 0.0
-
-    def monotonic(self) -> float:
-        return time.monotonic() + self._skipped
-
-    def wall(self) -> float:
-        return time.time() + self._skipped
-
-    def skip(self, seconds: float) -> None:
-        self._skipped += seconds
 
 
 class Held:
