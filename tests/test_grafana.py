@@ -32,9 +32,9 @@ def scraped() -> Scrape:
         app = create_app(api.settings(insecure=True, webhook_secrets=(), metrics_open=True))
         client, parts = app.test_client(), app.extensions["external_oms"]
         try:
-            assert parts.service.cache.refresh(TENANT).record.snapshot is not None
+            assert parts.service.cache.refresh(TENANT).entry.snapshot is not None
             assert client.post("/webhooks/external-oms", json={}).status_code == 200
-            parts.service.reporter._report()
+            parts.service.heartbeat._report()
             wait_until(lambda: "last_invalidation_applied_seconds{" in client.get("/metrics").text)
             return Scrape.of(client.get("/metrics").text)
         finally:

@@ -19,8 +19,8 @@ from external_oms.errors import (
     WriteError,
     WriteOutcomeUnknown,
 )
-from external_oms.freshness import BUCKET_BURST, Freshness
-from external_oms.operations import READ_BACK_PAUSES_SECONDS, READ_BACK_SECONDS, Delivered, Operations
+from external_oms.policy import BUCKET_BURST, Freshness
+from external_oms.operations import READ_BACK_PAUSES_SECONDS, READ_BACK_SECONDS, DeliveryResult, Operations
 from external_oms.stores.base import Cause, Event
 from external_oms.stores.memory import MemoryStore
 from tests.support.clock import FakeClock
@@ -77,7 +77,7 @@ class Desk:
         rows = reversed(self.operations.history())
         return [row for row in rows if cause is None or row.cause is cause]
 
-    def deliver(self, delivery_id: str | None = None) -> Delivered:
+    def deliver(self, delivery_id: str | None = None) -> DeliveryResult:
         return self.operations.deliver(TENANT, delivery_id=delivery_id, actor="webhook")
 
 
@@ -92,7 +92,7 @@ def desk(clock: FakeClock) -> Desk:
 def test_a_delivery_invalidates_and_reads_again_before_it_is_answered(desk: Desk) -> None:
     desk.cache.lookup(TENANT)
     desk.source.says = False
-    assert desk.deliver("one") == Delivered(TENANT, generation=1, duplicate=False, refreshed=True, enabled=False)
+    assert desk.deliver("one") == DeliveryResult(TENANT, generation=1, duplicate=False, refreshed=True, enabled=False)
     assert desk.cache.peek(TENANT).freshness is Freshness.FRESH
     (row,) = desk.rows(Cause.DELIVERY)
     assert (row.tenant, row.enabled, row.actor, row.delivery_id) == (TENANT, False, "webhook", "one")
@@ -104,7 +104,7 @@ def test_a_delivery_that_comes_twice_does_nothing_the_second_time(desk: Desk) ->
     desk.deliver("one")
     desk.source.says = False
     reads = len(desk.source.reads)
-    assert desk.deliver("one") == Delivered(TENANT, generation=1, duplicate=True, refreshed=False, enabled=True)
+    assert desk.deliver("one") == DeliveryResult(TENANT, generation=1, duplicate=True, refreshed=False, enabled=True)
     assert len(desk.source.reads) == reads
     assert [row.detail for row in desk.rows(Cause.DELIVERY)] == ["read again", "a duplicate"]
     assert desk.deliver("two").generation == 2
@@ -126,7 +126,7 @@ def test_deliveries_without_an_id_all_count(desk: Desk) -> None:
 def test_where_the_api_cannot_be_read_the_delivery_is_taken_and_a_read_follows(desk: Desk, error: ReadError) -> None:
     desk.cache.lookup(TENANT)
     desk.source.says = error
-    assert desk.deliver("one") == Delivered(TENANT, generation=1, duplicate=False, refreshed=False, enabled=True)
+    assert desk.deliver("one") == DeliveryResult(TENANT, generation=1, duplicate=False, refreshed=False, enabled=True)
     assert desk.cache.peek(TENANT).freshness is Freshness.STALE
     assert desk.rows(Cause.DELIVERY)[-1].detail == "not read yet; a read follows"
     desk.source.says = False
@@ -137,7 +137,7 @@ def test_where_the_api_cannot_be_read_the_delivery_is_taken_and_a_read_follows(d
 
 def test_a_delivery_before_anything_was_ever_read_and_with_a_dead_api_is_taken_too(desk: Desk) -> None:
     desk.source.says = Unavailable("down")
-    assert desk.deliver("one") == Delivered(TENANT, generation=1, duplicate=False, refreshed=False, enabled=None)
+    assert desk.deliver("one") == DeliveryResult(TENANT, generation=1, duplicate=False, refreshed=False, enabled=None)
 
 
 def test_a_storm_of_deliveries_is_answered_at_once_where_the_bucket_is_empty(desk: Desk) -> None:
@@ -344,7 +344,7 @@ def test_the_value_that_a_lagging_replica_answers_after_a_write_is_not_kept_for_
 
 
 def test_every_delivery_is_told_with_what_came_of_it(desk: Desk) -> None:
-    told: list[Delivered] = []
-    desk.operations.deliveries.listen(told.append)
+    told: list[DeliveryResult] = []
+    desk.operations.deliveries.subscribe(told.append)
     given = [desk.deliver("one"), desk.deliver("one"), desk.deliver()]
     assert told == given

@@ -9,6 +9,7 @@ import pytest
 from external_oms.emulator import ConfigAPIEmulator
 from external_oms.provider import ExternalOMSProvider
 from external_oms.settings import Settings
+from external_oms.stores.base import Store
 from external_oms.web import create_app
 from external_oms.web.parts import parts_of
 from tests.support.web import BEARER, ENTRIES, SECRET, TENANT, Server, StartServer
@@ -25,11 +26,12 @@ def start(api: ConfigAPIEmulator) -> Iterator[StartServer]:
     """Starts servers; ends what they started."""
     providers: list[ExternalOMSProvider] = []
 
-    def started(*tenants: str, **more: object) -> Server:
+    def started(*tenants: str, shared: Store | None = None, **more: object) -> Server:
         credentials = {"webhook_secrets": [SECRET], "webhook_api_keys": [BEARER], "api_keys": ENTRIES}
         quick = {"ttl_seconds": 30.0, "timeout_seconds": 5.0}
         settings: Settings = api.settings(*tenants, **{**credentials, **quick, **more})
-        app = create_app(settings)
+        provider = None if shared is None else ExternalOMSProvider(settings, store=shared)
+        app = create_app(settings, provider=provider)
         parts = parts_of(app)
         assert parts is not None
         providers.append(parts.provider)

@@ -7,6 +7,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from time import monotonic, sleep
 
@@ -17,19 +18,18 @@ from openfeature.evaluation_context import EvaluationContext
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, generate_latest, values
 
 from external_oms import FLAG_KEY, ExternalOMSProvider
-from external_oms.assemble import assemble
 from external_oms.cache import Change, ChangeKind
-from external_oms.config import Snapshot
 from external_oms.emulator import ConfigAPIEmulator, Fault
+from external_oms.entry import Entry, Snapshot, begin_read
 from external_oms.errors import SettingsError
-from external_oms.freshness import Windows
-from external_oms.judgement import judge
+from external_oms.policy import Source, Windows, evaluate
 from external_oms.settings import Settings
-from external_oms.stores.base import Health, Record
+from external_oms.stores.base import Health
 from external_oms.stores.memory import MemoryStore
 from external_oms.web import ExternalOMS, create_app, metrics
 from external_oms.web.hooks import Evaluated, Via
 from external_oms.web.metrics import Meters
+from external_oms.wiring import build_service
 from tests.support.clock import FakeClock
 from tests.support.scrapes import Scrape
 from tests.support.waiting import wait_until
@@ -178,19 +178,21 @@ def test_tokens_that_cannot_be_had_show(start: StartServer, api: ConfigAPIEmulat
     assert seen.value("token_renewals_total", tenant=TENANT, result="ok") == 0
 
 
-def test_a_read_that_waits_for_anothers_shows_once(start: StartServer, api: ConfigAPIEmulator) -> None:
-    store = MemoryStore(clock=assemble(api.settings()).clock)
-    server = start(refresh="lazy")
-    service = assemble(api.settings(refresh="lazy"), store=store)
+def test_a_read_that_waits_for_anothers_shows_once(api: ConfigAPIEmulator) -> None:
+    class Shared(MemoryStore):
+        def is_gone(self, holder: str) -> bool:
+            return False
+
+    store = Shared()
+    service = build_service(api.settings(refresh="lazy"), store=store)
     meters = Meters(service)
     meters.listen()
-    held = store.acquire(TENANT, seconds=0.3, metered=False)  # by another process, which never ends it
+    # by another process, which never ends it
+    store.transact(TENANT, partial(begin_read, holder="another", lease_seconds=0.3, newer_than=0))
     try:
-        assert service.cache.refresh(TENANT).record.snapshot is not None
+        assert service.cache.refresh(TENANT).entry.snapshot is not None
     finally:
         service.close()
-        server.parts.provider.shutdown()
-    assert held is not None
     counted = {metric.name: metric.samples for metric in meters.collect()}
     assert [sample.value for sample in counted["external_oms_lease_waits"]] == [1.0]
 
@@ -218,7 +220,7 @@ def snapshot(clock: FakeClock, generation: int) -> Snapshot:
         updated_at=None,
         etag=None,
         generation=generation,
-        read_number=generation + 1,
+        token=generation + 1,
         read_at=clock.monotonic(),
         fetched_at=datetime.fromtimestamp(clock.wall(), UTC),
         lifetime_seconds=30.0,
@@ -234,26 +236,27 @@ def applied(meters: Meters) -> tuple[float, float]:
 
 def test_a_lag_counts_once_for_each_generation_from_its_last_invalidation(clock: FakeClock) -> None:
     settings = Settings(tenant=TENANT, access_token="t", refresh="lazy")
-    meters = Meters(assemble(settings, clock=clock))
+    meters = Meters(build_service(settings, clock=clock))
 
-    def tell(record: Record) -> None:
+    def tell(entry: Entry) -> None:
         windows = Windows(30.0, 30.0, 3600.0)
-        meters.changed(Change(TENANT, ChangeKind.STATE, judge(TENANT, record, now=clock.monotonic(), windows=windows)))
+        evaluation = evaluate(TENANT, entry, now=clock.monotonic(), windows=windows, source=Source.MEMORY)
+        meters.changed(Change(TENANT, ChangeKind.STATE, evaluation))
 
-    tell(Record(generation=7, invalidated_at=clock.monotonic() - 60, reads=1, snapshot=snapshot(clock, 7)))
+    tell(Entry(generation=7, invalidated_at=clock.monotonic() - 60, token=1, snapshot=snapshot(clock, 7)))
     assert applied(meters) == (0, 0), "an invalidation of before this process looked"
     old, invalidated_at = snapshot(clock, 7), clock.monotonic()
-    tell(Record(generation=8, invalidated_at=invalidated_at, reads=2, snapshot=old))
+    tell(Entry(generation=8, invalidated_at=invalidated_at, token=2, snapshot=old))
     assert applied(meters) == (0, 0), "nothing read after it is here yet"
     clock.advance(0.25)
     new = snapshot(clock, 8)
-    tell(Record(generation=8, invalidated_at=invalidated_at, reads=3, snapshot=new))
+    tell(Entry(generation=8, invalidated_at=invalidated_at, token=3, snapshot=new))
     assert applied(meters) == (1, 0.25)
     clock.advance(10)
-    tell(Record(generation=8, invalidated_at=invalidated_at, reads=4, snapshot=new))
+    tell(Entry(generation=8, invalidated_at=invalidated_at, token=4, snapshot=new))
     assert applied(meters) == (1, 0.25), "known"
     ahead = clock.monotonic() + 5
-    tell(Record(generation=9, invalidated_at=ahead, reads=5, snapshot=snapshot(clock, 9)))
+    tell(Entry(generation=9, invalidated_at=ahead, token=5, snapshot=snapshot(clock, 9)))
     assert applied(meters) == (2, 0.25), "another host's clock goes ahead: no lag, and none below nothing"
 
 
@@ -359,7 +362,7 @@ def test_the_registry_of_the_application_is_left_alone_and_its_metrics_are_not_o
 
 def test_the_meters_can_stand_in_a_registry_of_the_application_where_it_asks_for_that() -> None:
     registry = CollectorRegistry()
-    registry.register(Meters(assemble(Settings(tenant=TENANT, access_token="t", refresh="lazy"))))
+    registry.register(Meters(build_service(Settings(tenant=TENANT, access_token="t", refresh="lazy"))))
     assert Scrape.of(generate_latest(registry).decode()).value("generation", tenant=TENANT) == 0
 
 

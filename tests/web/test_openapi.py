@@ -154,7 +154,7 @@ def test_a_store_that_cannot_be_used_is_an_answer_as_documented(
     def broken(*_: object, **__: object) -> None:
         raise StoreError("the store cannot be used; see /readyz")
 
-    monkeypatch.setattr(server.parts.service.cache, "deliver", broken)
+    monkeypatch.setattr(server.parts.service.cache, "invalidate", broken)
     answer = server.deliver()
     assert (answer.status_code, answer.get_json()["kind"]) == (503, "store")
     assert int(answer.headers["Retry-After"]) >= 1
