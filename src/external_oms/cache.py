@@ -557,7 +557,7 @@ class Cache:
         The child follows the store from now on and not from its first evaluation: one that is idle for minutes must
         not answer with a value that was invalidated meanwhile.
         """
-        started = any(state.planned is not None for state in self._states.values())
+        started = any(state.loads for state in self._states.values())
         self.runner.after_fork()
         self._store.after_fork()
         self.changes.after_fork()
