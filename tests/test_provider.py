@@ -45,14 +45,14 @@ from external_oms import (
     TenantError,
     Unavailable,
     WriteConflict,
+    wiring,
 )
-from external_oms import assemble as assemble_module
 from external_oms import provider as provider_module
-from external_oms.config import Document, Reading, Snapshot
+from external_oms.config import Document, Reading
 from external_oms.emulator import ConfigAPIEmulator, Fault
-from external_oms.freshness import Freshness
-from external_oms.status import Standing
-from external_oms.stores.base import Record
+from external_oms.entry import Entry, Snapshot
+from external_oms.policy import Freshness
+from external_oms.status import TenantStatus
 from external_oms.stores.memory import MemoryStore
 from tests.support.clock import FakeClock
 from tests.support.scripted import SOON, Hand
@@ -137,7 +137,7 @@ def old_value(*, enabled: bool = True, age_seconds: float, tenant: str = TENANT)
     read_at = time.monotonic() - age_seconds
     fetched_at = datetime.fromtimestamp(time.time() - age_seconds, UTC)
     snapshot = Snapshot(enabled, None, None, 0, 1, read_at, fetched_at, 30.0)
-    return MemoryStore(records=[(tenant, Record(reads=1, snapshot=snapshot))])
+    return MemoryStore(entries={tenant: Entry(token=1, snapshot=snapshot)})
 
 
 def context(tenant: object) -> EvaluationContext:
@@ -370,7 +370,7 @@ def test_however_late_the_sdk_says_ready_it_does_not_hide_that_reads_fail(
         self: ProviderRegistry, of: FeatureProvider, event: ProviderEvent, details: ProviderEventDetails
     ) -> None:
         if not events and event is ProviderEvent.PROVIDER_READY:
-            wait_until(lambda: provider._standings.overall() is Standing.STALE)
+            wait_until(lambda: provider._statuses.aggregate() is TenantStatus.STALE)
             time.sleep(5 * provider_module.RECONCILE_SECONDS)  # room for what must not happen
         events.append(event.name)
         dispatch(self, of, event, details)
@@ -454,11 +454,11 @@ def test_one_dead_tenant_makes_it_stale_and_hides_nothing_of_the_other(
 
 
 def test_of_two_publishers_the_last_word_is_the_newest(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While one event is being told, the tenants' standing changes twice more: only the last of these is told."""
+    """While one event is being told, the status of the tenants changes twice more: only the last of these is told."""
     provider = make()
     openfeature.set_provider_and_wait(provider)
     wait_until(lambda: provider._open)
-    standing, told = [Standing.STALE], []
+    status, told = [TenantStatus.STALE], []
     telling, go_on = threading.Event(), threading.Event()
 
     def emit(event: ProviderEvent, details: ProviderEventDetails) -> None:
@@ -466,13 +466,13 @@ def test_of_two_publishers_the_last_word_is_the_newest(make: Make, monkeypatch: 
         telling.set()
         assert go_on.wait(SOON)
 
-    monkeypatch.setattr(provider._standings, "overall", lambda: standing[0])
+    monkeypatch.setattr(provider._statuses, "aggregate", lambda: status[0])
     monkeypatch.setattr(provider, "emit", emit)
     first = threading.Thread(target=provider._publish, args=("down",), daemon=True)
     first.start()
     assert telling.wait(SOON)
-    for newer in (Standing.READY, Standing.ERROR):
-        standing[0] = newer
+    for newer in (TenantStatus.READY, TenantStatus.ERROR):
+        status[0] = newer
         provider._publish(None)  # comes back at once
     go_on.set()
     first.join(SOON)
@@ -832,9 +832,9 @@ class Outage:
     def __init__(self, clock: FakeClock, monkeypatch: pytest.MonkeyPatch) -> None:
         self.says: bool | Exception = True
         self.hand = Hand(clock)
-        monkeypatch.setattr(assemble_module, "_read", self._read)
-        monkeypatch.setattr(assemble_module, "Workers", lambda **_: self.hand)
-        monkeypatch.setattr(provider_module, "assemble", partial(assemble_module.assemble, clock=clock))
+        monkeypatch.setattr(wiring, "_read", self._read)
+        monkeypatch.setattr(wiring, "Scheduler", lambda **_: self.hand)
+        monkeypatch.setattr(provider_module, "build_service", partial(wiring.build_service, clock=clock))
         self.provider = ExternalOMSProvider(Settings(tenant=TENANT, access_token="t"))
 
     def _read(self, clients: object, tenant: str, etag: str | None) -> Reading:
@@ -875,10 +875,10 @@ def test_an_outage_of_two_hours_is_a_handful_of_lines(
     assert outage.evaluate() == "served"
     lines = [record.getMessage() for record in caplog.records]
     assert len(lines) == 3
-    assert "an old value serves" in lines[0]
-    assert "no value may be served" in lines[1]
-    assert "work again after" in lines[2]
-    assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING", "INFO"]
+    assert "serving the last value" in lines[0]
+    assert "nothing may be served" in lines[1]
+    assert "succeed again after" in lines[2]
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * 3
 
 
 def test_an_api_that_flaps_is_a_line_for_each_change(
