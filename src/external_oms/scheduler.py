@@ -142,7 +142,7 @@ class Scheduler:
     def wait(self, future: Future[Any], seconds: float) -> bool:
         """Block until the future is done, for at most so many seconds; return whether it is done."""
         try:
-            future.result(max(0.0, min(seconds, threading.TIMEOUT_MAX)))
+            future.exception(max(0.0, min(seconds, threading.TIMEOUT_MAX)))  # does not raise what the future holds
         except FutureTimeoutError:
             return False
         return True
