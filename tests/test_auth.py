@@ -21,8 +21,8 @@ from external_oms.auth import ClientCredentials, StaticToken, renewal_margin_sec
 from external_oms.clock import SYSTEM_CLOCK, Clock
 from external_oms.emulator import ConfigAPIEmulator, Fault
 from external_oms.errors import RateLimited, ReadError, TokenError, Unavailable
-from tests.conftest import FakeClock
-from tests.hostile import Hostile, Line
+from tests.support.clock import FakeClock
+from tests.support.hostile import Hostile, Line
 
 SECRET = "cl1ent-secret-do-not-print"
 

@@ -28,21 +28,22 @@ from external_oms.errors import (
     WriteError,
     WriteOutcomeUnknown,
 )
-from tests.hostile import Hostile, Line, certificate
-from tests.reaching import (
+from tests.support.hostile import Hostile, Line
+from tests.support.ports import free_port
+from tests.support.reaching import (
     DEADLINE,
     DOCUMENT,
     SLACK,
     TOKEN,
     answer,
     client_at,
-    closed_port,
     nothing_left_behind,
     own_or_users,
     recording,
     script_of,
     silence,
 )
+from tests.support.tls import certificate
 
 
 @pytest.fixture
@@ -336,7 +337,7 @@ def test_a_write_that_fails_says_what_is_known(
 
 
 def test_a_write_that_was_never_sent_is_unavailable(session: requests.Session | None) -> None:
-    port = closed_port()
+    port = free_port()
     with pytest.raises(Unavailable):
         client_at(f"http://127.0.0.1:{port}", session=session).write(True)
 

@@ -45,17 +45,18 @@ from external_oms import (
     TenantError,
     Unavailable,
     WriteConflict,
+    wiring,
 )
-from external_oms import assemble as assemble_module
 from external_oms import provider as provider_module
-from external_oms.config import Document, Reading, Snapshot
+from external_oms.config import Document, Reading
 from external_oms.emulator import ConfigAPIEmulator, Fault
-from external_oms.freshness import Freshness
-from external_oms.status import Standing
-from external_oms.stores.base import Record
+from external_oms.entry import Entry, Snapshot
+from external_oms.policy import Freshness
+from external_oms.status import TenantStatus
 from external_oms.stores.memory import MemoryStore
-from tests.conftest import FakeClock
-from tests.scripted import SOON, Hand, eventually
+from tests.support.clock import FakeClock
+from tests.support.scripted import SOON, Hand
+from tests.support.waiting import wait_until
 
 TENANT, OTHER = "acme-staging", "zulu"
 HANG = Fault(delay_seconds=60.0, times=None)
@@ -91,7 +92,7 @@ def make(api: ConfigAPIEmulator) -> Iterator[Make]:
     openfeature.clear_providers()
     for provider in made:
         provider.shutdown()
-    assert eventually(lambda: not [name for name in threads_since(before) if name.startswith("external-oms-")])
+    wait_until(lambda: not [name for name in threads_since(before) if name.startswith("external-oms-")])
 
 
 def threads_since(before: set[threading.Thread]) -> list[str]:
@@ -136,7 +137,7 @@ def old_value(*, enabled: bool = True, age_seconds: float, tenant: str = TENANT)
     read_at = time.monotonic() - age_seconds
     fetched_at = datetime.fromtimestamp(time.time() - age_seconds, UTC)
     snapshot = Snapshot(enabled, None, None, 0, 1, read_at, fetched_at, 30.0)
-    return MemoryStore(records=[(tenant, Record(reads=1, snapshot=snapshot))])
+    return MemoryStore(entries={tenant: Entry(token=1, snapshot=snapshot)})
 
 
 def context(tenant: object) -> EvaluationContext:
@@ -273,10 +274,10 @@ def test_an_invalidation_is_seen_by_the_very_next_evaluation(api: ConfigAPIEmula
             details = provider.resolve_boolean_details(FLAG_KEY, False)
             assert (details.reason, details.flag_metadata["stale"]) == (Reason.STALE, True)
             assert provider.enabled() is True
-        assert eventually(lambda: api.reads() == reads + 1)  # noqa: B023 - called at once
+        wait_until(lambda: api.reads() == reads + 1)  # noqa: B023 - called at once
         api.clear(TENANT)
         provider.service.clients[TENANT].abort()
-        assert eventually(lambda: provider.state().failures > 0)
+        wait_until(lambda: provider.state().failures > 0)
         provider.refresh()
         details = provider.resolve_boolean_details(FLAG_KEY, False)
         assert (details.reason, details.flag_metadata["generation"]) == (Reason.CACHED, number)
@@ -336,7 +337,7 @@ def test_a_provider_becomes_ready_once(make: Make, dispatched: Dispatched) -> No
     provider = make(ttl_seconds=1.0, timeout_seconds=1.0)
     openfeature.set_provider_and_wait(provider)
     assert status_of(provider) is ProviderStatus.READY
-    assert eventually(lambda: provider._open)
+    wait_until(lambda: provider._open)
     provider.refresh()
     provider.invalidate()
     provider.refresh()
@@ -350,12 +351,12 @@ def test_a_stored_old_value_makes_it_stale_and_the_ready_of_the_sdk_does_not_hid
     api.fault(TENANT, DOWN)
     provider = make(store=old_value(age_seconds=age_seconds))
     openfeature.set_provider_and_wait(provider)
-    assert eventually(lambda: status_of(provider) is ProviderStatus.STALE)
+    wait_until(lambda: status_of(provider) is ProviderStatus.STALE)
     details = both_ways(openfeature.get_client(), False)
     assert (details.value, details.reason) == (True, Reason.STALE)
     assert dispatched.events(provider, changes=True) == ["READY", "STALE"]
     api.clear(TENANT)
-    assert eventually(lambda: status_of(provider) is ProviderStatus.READY)
+    wait_until(lambda: status_of(provider) is ProviderStatus.READY)
     assert dispatched.events(provider, changes=True) == ["READY", "STALE", "READY"]
 
 
@@ -369,7 +370,7 @@ def test_however_late_the_sdk_says_ready_it_does_not_hide_that_reads_fail(
         self: ProviderRegistry, of: FeatureProvider, event: ProviderEvent, details: ProviderEventDetails
     ) -> None:
         if not events and event is ProviderEvent.PROVIDER_READY:
-            assert eventually(lambda: provider._standings.overall() is Standing.STALE)
+            wait_until(lambda: provider._statuses.aggregate() is TenantStatus.STALE)
             time.sleep(5 * provider_module.RECONCILE_SECONDS)  # room for what must not happen
         events.append(event.name)
         dispatch(self, of, event, details)
@@ -378,7 +379,7 @@ def test_however_late_the_sdk_says_ready_it_does_not_hide_that_reads_fail(
     api.fault(TENANT, DOWN)
     provider = make(store=old_value(age_seconds=200.0))
     openfeature.set_provider_and_wait(provider)
-    assert eventually(lambda: status_of(provider) is ProviderStatus.STALE)
+    wait_until(lambda: status_of(provider) is ProviderStatus.STALE)
     assert events == ["PROVIDER_READY", "PROVIDER_STALE"]
 
 
@@ -393,7 +394,7 @@ def test_with_nothing_to_serve_it_is_in_error_and_becomes_ready_by_itself(
     details = both_ways(openfeature.get_client(), True)
     assert (details.value, details.error_code, details.reason) == (True, ErrorCode.GENERAL, Reason.ERROR)
     api.clear(TENANT)
-    assert eventually(lambda: status_of(provider) is ProviderStatus.READY)
+    wait_until(lambda: status_of(provider) is ProviderStatus.READY)
     assert openfeature.get_client().get_boolean_value(FLAG_KEY, False) is True
     assert dispatched.events(provider, changes=True) == ["ERROR", "READY"]
 
@@ -403,18 +404,18 @@ def test_the_events_of_an_outage_are_its_edges_each_once(
 ) -> None:
     provider = make()
     openfeature.set_provider_and_wait(provider)
-    assert eventually(lambda: provider._open)
+    wait_until(lambda: provider._open)
     api.fault(TENANT, DOWN)
     for _ in range(3):
         with pytest.raises(Unavailable):
             provider.refresh()
-    assert eventually(lambda: status_of(provider) is ProviderStatus.STALE)
+    wait_until(lambda: status_of(provider) is ProviderStatus.STALE)
     (stale,) = [details for _, event, details in dispatched.seen if event is ProviderEvent.PROVIDER_STALE]
     assert stale.message is not None
     assert "500" in stale.message
     api.clear(TENANT)
     provider.refresh()
-    assert eventually(lambda: status_of(provider) is ProviderStatus.READY)
+    wait_until(lambda: status_of(provider) is ProviderStatus.READY)
     assert dispatched.events(provider, changes=True) == ["READY", "STALE", "READY"]
 
 
@@ -443,21 +444,21 @@ def test_one_dead_tenant_makes_it_stale_and_hides_nothing_of_the_other(
     api.fault(OTHER, DOWN)
     provider = make(TENANT, OTHER)
     openfeature.set_provider_and_wait(provider)
-    assert eventually(lambda: status_of(provider) is ProviderStatus.STALE)
+    wait_until(lambda: status_of(provider) is ProviderStatus.STALE)
     client = openfeature.get_client()
     assert both_ways(client, False, context(TENANT)).value is True
     assert both_ways(client, True, context(OTHER)).error_code == ErrorCode.GENERAL
     api.clear(OTHER)
-    assert eventually(lambda: status_of(provider) is ProviderStatus.READY)
+    wait_until(lambda: status_of(provider) is ProviderStatus.READY)
     assert dispatched.events(provider) == ["READY", "STALE", "READY"]
 
 
 def test_of_two_publishers_the_last_word_is_the_newest(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While one event is being told, the tenants' standing changes twice more: only the last of these is told."""
+    """While one event is being told, the status of the tenants changes twice more: only the last of these is told."""
     provider = make()
     openfeature.set_provider_and_wait(provider)
-    assert eventually(lambda: provider._open)
-    standing, told = [Standing.STALE], []
+    wait_until(lambda: provider._open)
+    status, told = [TenantStatus.STALE], []
     telling, go_on = threading.Event(), threading.Event()
 
     def emit(event: ProviderEvent, details: ProviderEventDetails) -> None:
@@ -465,13 +466,13 @@ def test_of_two_publishers_the_last_word_is_the_newest(make: Make, monkeypatch: 
         telling.set()
         assert go_on.wait(SOON)
 
-    monkeypatch.setattr(provider._standings, "overall", lambda: standing[0])
+    monkeypatch.setattr(provider._statuses, "aggregate", lambda: status[0])
     monkeypatch.setattr(provider, "emit", emit)
     first = threading.Thread(target=provider._publish, args=("down",), daemon=True)
     first.start()
     assert telling.wait(SOON)
-    for newer in (Standing.READY, Standing.ERROR):
-        standing[0] = newer
+    for newer in (TenantStatus.READY, TenantStatus.ERROR):
+        status[0] = newer
         provider._publish(None)  # comes back at once
     go_on.set()
     first.join(SOON)
@@ -544,7 +545,7 @@ def test_registering_without_waiting_comes_back_at_once_and_defaults_serve_until
     openfeature.set_provider(provider)
     early = openfeature.get_client().get_boolean_details(FLAG_KEY, False)
     assert (early.value, early.error_code) == (False, ErrorCode.PROVIDER_NOT_READY)
-    assert eventually(lambda: status_of(provider) is ProviderStatus.READY)
+    wait_until(lambda: status_of(provider) is ProviderStatus.READY)
     assert openfeature.get_client().get_boolean_value(FLAG_KEY, False) is True
     assert dispatched.events(provider, changes=True) == ["READY"]
 
@@ -557,13 +558,13 @@ def test_shutdown_while_a_read_hangs_ends_within_a_second_and_leaves_no_thread(
     api.fault(TENANT, HANG)
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(provider.initialize, EvaluationContext())
-        assert eventually(lambda: api.reads() == 1)
+        wait_until(lambda: api.reads() == 1)
         began = time.monotonic()
         provider.shutdown()
         assert time.monotonic() - began < 1.0
         with pytest.raises(GeneralError):
             waiting.result(1.0)  # whoever waits for the read is let go
-    assert eventually(lambda: not [name for name in threads_since(before) if name.startswith("external-oms")])
+    wait_until(lambda: not [name for name in threads_since(before) if name.startswith("external-oms")])
     provider.shutdown()
     with pytest.raises(ProviderNotReadyError):
         provider.resolve_boolean_details(FLAG_KEY, True)
@@ -596,7 +597,7 @@ def test_initialized_again_after_a_shutdown_amid_a_hanging_read_it_reads_at_once
     api.fault(TENANT, dataclasses.replace(HANG, times=1))
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(provider.enabled)
-        assert eventually(lambda: api.reads() == 1)
+        wait_until(lambda: api.reads() == 1)
         provider.shutdown()
         with pytest.raises(NothingToServe):
             first.result(SOON)
@@ -613,7 +614,7 @@ def test_after_a_shutdown_and_back_the_background_goes_on(api: ConfigAPIEmulator
     openfeature.shutdown()
     openfeature.set_provider_and_wait(provider)
     reads = api.reads()
-    assert eventually(lambda: api.reads() >= reads + 2)
+    wait_until(lambda: api.reads() >= reads + 2)
 
 
 def test_initialized_twice_in_a_row_it_goes_on(api: ConfigAPIEmulator, make: Make, dispatched: Dispatched) -> None:
@@ -636,7 +637,7 @@ def test_one_provider_on_two_domains_is_shut_down_when_the_last_lets_go(make: Ma
     assert openfeature.get_client("stock").get_boolean_value(FLAG_KEY, False) is True
     assert not provider._shut
     openfeature.set_provider_and_wait(follower, "stock")
-    assert eventually(lambda: provider._shut)
+    wait_until(lambda: provider._shut)
 
 
 def test_two_providers_in_one_process_have_nothing_in_common(
@@ -648,11 +649,11 @@ def test_two_providers_in_one_process_have_nothing_in_common(
     openfeature.set_provider_and_wait(second, "second")
     assert openfeature.get_client("first").get_boolean_value(FLAG_KEY, False) is True
     assert openfeature.get_client("second").get_boolean_value(FLAG_KEY, True) is False
-    assert eventually(lambda: first._open and second._open)
+    wait_until(lambda: first._open and second._open)
     api.fault(TENANT, DOWN)
     with pytest.raises(Unavailable):
         first.refresh()
-    assert eventually(lambda: status_of(first, "first") is ProviderStatus.STALE)
+    wait_until(lambda: status_of(first, "first") is ProviderStatus.STALE)
     assert status_of(second, "second") is ProviderStatus.READY
     first.shutdown()
     assert second.refresh().enabled is False
@@ -666,8 +667,8 @@ def test_without_a_background_an_evaluation_brings_it_back(
     provider = make(refresh="lazy")
     with pytest.raises(GeneralError):
         openfeature.set_provider_and_wait(provider)
-    assert eventually(lambda: openfeature.get_client().get_boolean_value(FLAG_KEY, False))
-    assert eventually(lambda: status_of(provider) is ProviderStatus.READY)
+    wait_until(lambda: openfeature.get_client().get_boolean_value(FLAG_KEY, False))
+    wait_until(lambda: status_of(provider) is ProviderStatus.READY)
     assert dispatched.events(provider) == ["ERROR", "READY"]
     assert api.reads() == 2
 
@@ -731,7 +732,7 @@ def test_what_is_served_when_nothing_may_be(
             openfeature.set_provider_and_wait(provider)
     else:
         openfeature.set_provider_and_wait(provider)
-    assert eventually(lambda: status_of(provider) is ProviderStatus.ERROR), "whatever is served, nothing is known"
+    wait_until(lambda: status_of(provider) is ProviderStatus.ERROR, message="whatever is served, nothing is known")
     for default in (True, False):
         details = both_ways(openfeature.get_client(), default)
         assert (details.value, details.variant, details.reason) == (
@@ -831,9 +832,9 @@ class Outage:
     def __init__(self, clock: FakeClock, monkeypatch: pytest.MonkeyPatch) -> None:
         self.says: bool | Exception = True
         self.hand = Hand(clock)
-        monkeypatch.setattr(assemble_module, "_read", self._read)
-        monkeypatch.setattr(assemble_module, "Workers", lambda **_: self.hand)
-        monkeypatch.setattr(provider_module, "assemble", partial(assemble_module.assemble, clock=clock))
+        monkeypatch.setattr(wiring, "_read", self._read)
+        monkeypatch.setattr(wiring, "Scheduler", lambda **_: self.hand)
+        monkeypatch.setattr(provider_module, "build_service", partial(wiring.build_service, clock=clock))
         self.provider = ExternalOMSProvider(Settings(tenant=TENANT, access_token="t"))
 
     def _read(self, clients: object, tenant: str, etag: str | None) -> Reading:
@@ -874,10 +875,10 @@ def test_an_outage_of_two_hours_is_a_handful_of_lines(
     assert outage.evaluate() == "served"
     lines = [record.getMessage() for record in caplog.records]
     assert len(lines) == 3
-    assert "an old value serves" in lines[0]
-    assert "no value may be served" in lines[1]
-    assert "work again after" in lines[2]
-    assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING", "INFO"]
+    assert "serving the last value" in lines[0]
+    assert "nothing may be served" in lines[1]
+    assert "succeed again after" in lines[2]
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * 3
 
 
 def test_an_api_that_flaps_is_a_line_for_each_change(

@@ -30,15 +30,15 @@ from external_oms.errors import (
     WriteOutcomeUnknown,
 )
 from external_oms.transport import Transport
-from tests.hostile import Hostile, Line, certificate
-from tests.reaching import (
+from tests.support.hostile import Hostile, Line
+from tests.support.ports import free_port
+from tests.support.reaching import (
     DEADLINE,
     DOCUMENT,
     SLACK,
     TOKEN,
     answer,
     client_at,
-    closed_port,
     descriptors,
     nothing_left_behind,
     own_or_users,
@@ -47,6 +47,7 @@ from tests.reaching import (
     silence,
     wait_until,
 )
+from tests.support.tls import certificate
 
 
 @pytest.fixture
@@ -417,7 +418,7 @@ def test_a_status_counts_though_its_body_never_comes() -> None:
 
 
 def test_the_error_names_the_host_and_the_setting_if_there_is_no_connection() -> None:
-    port = closed_port()
+    port = free_port()
     with pytest.raises(Unavailable, match=r"no connection to 127\.0\.0\.1; check base_url"):
         client_at(f"http://127.0.0.1:{port}").read()
     with pytest.raises(Unavailable, match=r"the host name acme\.invalid cannot be resolved; check base_url"):
@@ -478,7 +479,7 @@ def test_a_read_through_a_proxy_is_encrypted_to_the_api_and_ends_at_its_deadline
 
 
 def test_a_proxy_that_cannot_be_reached_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    port = closed_port()
+    port = free_port()
     monkeypatch.setenv("HTTPS_PROXY", f"http://127.0.0.1:{port}")
     with pytest.raises(Unavailable, match="HTTPS_PROXY"):
         client_at("https://{tenant}.example.com").read()

@@ -327,17 +327,16 @@ class Cache:
             return loaded.entry
         with state.lock:
             number = state.loads = state.loads + 1
-        versions, index = self._store.version_ref(state.tenant)
-        version: int | None = versions[index]
+        versions, place = self._store.version_ref(state.tenant)
+        version: int | None = versions[place]
         entry = self._store.load(state.tenant)
-        now_at = self._store.version_ref(state.tenant)
-        if not entry.verified or now_at[0] is not versions or now_at[1] != index:
+        if not entry.verified or not _is_at(self._store.version_ref(state.tenant), versions, place):
             version = None  # it is loaded again at the next look
         with state.lock:
             if number > state.loaded.number:
                 if entry == state.loaded.entry:
                     entry = state.loaded.entry
-                state.loaded = _Loaded(number, versions, index, version, entry)
+                state.loaded = _Loaded(number, versions, place, version, entry)
             return state.loaded.entry
 
     def _publish(self, state: _Tenant, evaluation: Evaluation) -> None:
@@ -610,6 +609,14 @@ class Cache:
             abort()
         self.runner.close(seconds)
         self._store.close()
+
+
+def _is_at(ref: tuple[Sequence[int], int], versions: Sequence[int], place: int) -> bool:
+    """Return whether a version word still stands where it was found.
+
+    Where it moved meanwhile, the word at the old place may have changed for the last time before it was read.
+    """
+    return ref[0] is versions and ref[1] == place
 
 
 def _shut_down() -> ReadError:

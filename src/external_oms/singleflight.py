@@ -166,8 +166,9 @@ def join(slot: Slot, *, generation: int, newer_than: int, forced: bool, until: f
     if flight is None:
         slot.flight = Flight(forced=forced, newer_than=newer_than, until=until)
         return slot.flight, True
-    if flight.generation is not None:
-        if not forced and flight.generation >= generation:
+    ended = flight.done.done()  # and is not detached yet: its result is older than this call
+    if flight.generation is not None or ended:
+        if flight.generation is not None and not (forced or ended) and flight.generation >= generation:
             return flight, False
         if slot.next_flight is None:
             slot.next_flight = Flight(forced=forced, newer_than=newer_than, until=until)

@@ -8,10 +8,12 @@ descriptor never refers to another connection, and it outlives `SSLSocket`, whic
 
 from __future__ import annotations
 
-# The first look-up of a host would import this in a worker thread, and a fork during an import leaves the lock of the
-# module held in the child for ever.
+# Two modules that the first call would import in a worker thread: a fork during an import leaves the lock of the module
+# held in the child for ever.
 import encodings.idna  # noqa: F401 - imported for its side effect
 import http.client
+import math
+import netrc  # noqa: F401 - likewise
 import socket
 import ssl
 import threading
@@ -19,6 +21,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
+from datetime import UTC
+from email.utils import parsedate_to_datetime
 from functools import cache, lru_cache, partial
 from importlib.metadata import version
 from pathlib import Path
@@ -34,7 +38,7 @@ from urllib3.util.ssl_ import create_urllib3_context
 from external_oms.clock import Clock
 from external_oms.errors import MalformedAnswer, ReadError, Unavailable
 
-__all__ = ["MAX_RESPONSE_BYTES", "Deadline", "Response", "Transport"]
+__all__ = ["MAX_RESPONSE_BYTES", "Deadline", "Response", "Transport", "parse_retry_after"]
 
 MAX_RESPONSE_BYTES = 64 * 1024
 """The most that is read of a response body, after decoding. The API's document has some eighty bytes."""

@@ -16,8 +16,8 @@ import pytest
 
 from external_oms.testing import ConfigAPIEmulator
 from tests.benchmarks.load import Load, load, request_for
-from tests.web.conftest import KEYS, TENANT
-from tests.web.served import FLAG_PATH, Served, served
+from tests.support.servers import FLAG_PATH, Served, served
+from tests.support.web import KEYS, TENANT
 
 ONE = request_for("POST", FLAG_PATH, KEYS["viewer"], b'{"context":{"targetingKey":"order-17"}}')
 PAGES = 50

@@ -10,9 +10,9 @@ from playwright.sync_api import Locator, Page, expect
 
 from external_oms.emulator import Fault
 from external_oms.testing import sign_delivery
-from tests.browser.conftest import PHONE, Visit, Visits
-from tests.web.conftest import HOOK, SECRET, TENANT
-from tests.web.served import Served
+from tests.support.browsing import PHONE, Visit, Visits
+from tests.support.servers import Served
+from tests.support.web import HOOK, SECRET, TENANT
 
 SOON_MS = 1_000
 PATIENCE_MS = 10_000

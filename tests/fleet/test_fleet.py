@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 
 from external_oms.testing import ConfigAPIEmulator, sign_delivery
-from tests.hosts.gunicorns import Gunicorn, running
-from tests.hosts.test_one_host import SECRET, TENANT, environment
-from tests.stores.redis_server import RedisServer
+from tests.support.redis import RedisServer
+from tests.support.servers import Gunicorn, environment, gunicorn
+from tests.support.waiting import wait_until
+from tests.support.web import SECRET, TENANT
 
 HOSTS, WORKERS = 3, 4
 BOUND_SECONDS = 5.0
@@ -45,28 +46,28 @@ class Fleet:
         return [
             host.ask(connection, f"/served?generation={generation}")["first"]
             for host in self.hosts
-            for connection in host.connect().values()
+            for connection in host.members().values()
         ]
 
     def convergence_seconds(self, generation: int, answered: float) -> float:
         """From the delivery's answer until the last member served the generation; >= 0."""
-        until = answered + BOUND_SECONDS + 5.0
-        while None in (moments := self.served(generation)):
-            assert time.monotonic() < until, "a member never served it"
-            time.sleep(0.01)
-        return max(0.0, max(moment for moment in moments if moment is not None) - answered)
+
+        def all_served() -> list[float] | None:
+            moments = [moment for moment in self.served(generation) if moment is not None]
+            return moments if len(moments) == HOSTS * WORKERS else None
+
+        return max(0.0, max(wait_until(all_served, message="a member never served it")) - answered)
 
 
 @contextmanager
-def fleet(tmp_path: Path, redis: RedisServer) -> Iterator[Fleet]:
+def fleet(tmp_path: Path, redis_server: RedisServer) -> Iterator[Fleet]:
     with ExitStack() as stack:
         api = stack.enter_context(ConfigAPIEmulator((TENANT,)))
         hosts = [
             stack.enter_context(
-                running(
+                gunicorn(
                     "tests.hosts.shop:app",
-                    environment=environment(api, tmp_path / "unused")
-                    | {"EXTERNAL_OMS_STORE": f"redis://127.0.0.1:{redis.port}/0"},
+                    environ=environment(api, store=redis_server.url),
                     log=tmp_path / f"host-{number}.log",
                     workers=WORKERS,
                 )
@@ -76,15 +77,6 @@ def fleet(tmp_path: Path, redis: RedisServer) -> Iterator[Fleet]:
         found = Fleet(api, hosts)
         found.served(0)  # every member looks out from here on
         yield found
-
-
-@pytest.fixture
-def redis(tmp_path: Path) -> Iterator[RedisServer]:
-    (tmp_path / "redis").mkdir()
-    server = RedisServer(tmp_path / "redis")
-    server.start()
-    yield server
-    server.stop()
 
 
 def play(found: Fleet, rounds: int) -> list[float]:
@@ -103,8 +95,8 @@ def play(found: Fleet, rounds: int) -> list[float]:
 
 
 @pytest.mark.timeout(180)
-def test_a_delivery_to_one_host_reaches_every_member_of_the_fleet(tmp_path: Path, redis: RedisServer) -> None:
-    with fleet(tmp_path, redis) as found:
+def test_a_delivery_to_one_host_reaches_every_member_of_the_fleet(tmp_path: Path, redis_server: RedisServer) -> None:
+    with fleet(tmp_path, redis_server) as found:
         before = found.api.reads(TENANT)
         seconds = play(found, 6)
         assert max(seconds) < BOUND_SECONDS
@@ -113,12 +105,12 @@ def test_a_delivery_to_one_host_reaches_every_member_of_the_fleet(tmp_path: Path
 
 @pytest.mark.soak
 @pytest.mark.timeout(900)
-def test_the_ninety_ninth_percentile_of_convergence(tmp_path: Path, redis: RedisServer) -> None:
-    with fleet(tmp_path, redis) as found:
+def test_the_ninety_ninth_percentile_of_convergence(tmp_path: Path, redis_server: RedisServer) -> None:
+    with fleet(tmp_path, redis_server) as found:
         seconds = sorted(play(found, 200))
         cuts = statistics.quantiles(seconds, n=100)
         slowest = max(
-            host.ask(connection, "/served")["slowest"] for host in found.hosts for connection in host.connect().values()
+            host.ask(connection, "/served")["slowest"] for host in found.hosts for connection in host.members().values()
         )
         median, p99, longest = 1e3 * cuts[49], 1e3 * cuts[98], 1e3 * seconds[-1]
         print(f"convergence: median {median:.1f} ms, p99 {p99:.1f} ms, longest {longest:.1f} ms")
@@ -129,8 +121,8 @@ def test_the_ninety_ninth_percentile_of_convergence(tmp_path: Path, redis: Redis
 
 @pytest.mark.soak
 @pytest.mark.timeout(300)
-def test_twelve_members_cause_one_read_per_lifetime(tmp_path: Path, redis: RedisServer) -> None:
-    with fleet(tmp_path, redis) as found:
+def test_twelve_members_cause_one_read_per_lifetime(tmp_path: Path, redis_server: RedisServer) -> None:
+    with fleet(tmp_path, redis_server) as found:
         _, answer = found.deliver(0)
         assert answer["refreshed"]
         time.sleep(70)  # past the settling: looks at 1, 2, 4, 8, 16, 32 and 62 seconds

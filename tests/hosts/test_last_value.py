@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,16 +12,7 @@ from openfeature.provider import ProviderStatus
 
 from external_oms import FLAG_KEY, ExternalOMSProvider, Settings
 from external_oms.testing import ConfigAPIEmulator, Fault
-
-PATIENCE_SECONDS = 20.0
-
-
-def until(holds: Callable[[], bool]) -> None:
-    """Wait for something that comes by itself, as long as patience lasts."""
-    end = time.monotonic() + PATIENCE_SECONDS
-    while not holds():
-        assert time.monotonic() < end, "it never came"
-        time.sleep(0.01)
+from tests.support.waiting import wait_until
 
 
 @pytest.fixture
@@ -53,9 +43,9 @@ def test_a_start_with_a_dead_api_serves_the_stored_value_as_stale_at_once_and_re
         assert details.reason == Reason.STALE
         assert details.flag_metadata["source"] == "store"
         assert details.flag_metadata["stale"] is True
-        until(lambda: client.get_provider_status() is ProviderStatus.STALE)
+        wait_until(lambda: client.get_provider_status() is ProviderStatus.STALE)
         external_oms_api.clear(tenant)
-        until(lambda: client.get_provider_status() is ProviderStatus.READY)
+        wait_until(lambda: client.get_provider_status() is ProviderStatus.READY)
         assert client.get_boolean_details(FLAG_KEY, default_value=False).reason in {Reason.CACHED, Reason.STATIC}
     finally:
         openfeature.clear_providers()
@@ -73,7 +63,7 @@ def test_a_start_with_a_dead_api_and_nothing_stored_raises_and_becomes_ready_by_
         assert client.get_provider_status() is ProviderStatus.ERROR
         external_oms_api.set_enabled(tenant, True)
         external_oms_api.clear(tenant)
-        until(lambda: client.get_provider_status() is ProviderStatus.READY)
+        wait_until(lambda: client.get_provider_status() is ProviderStatus.READY)
         assert client.get_boolean_value(FLAG_KEY, default_value=False) is True
     finally:
         openfeature.clear_providers()

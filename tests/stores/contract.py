@@ -24,7 +24,7 @@ import pytest
 from external_oms.config import Failure, Snapshot
 from external_oms.freshness import BUCKET_BURST
 from external_oms.stores.base import Busy, Cause, Event, Lease, Member, Metered, Record, Store
-from tests.conftest import FakeClock
+from tests.support.clock import FakeClock
 
 __all__ = [
     "TENANT",

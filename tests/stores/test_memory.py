@@ -6,8 +6,8 @@ import pytest
 
 from external_oms.stores.base import Record, Store
 from external_oms.stores.memory import MemoryStore
-from tests.conftest import FakeClock
 from tests.stores.contract import TENANT, MakeStore, StoreContract, leased
+from tests.support.clock import FakeClock
 
 
 class TestMemoryStore(StoreContract):

@@ -9,11 +9,10 @@ from functools import partial
 import pytest
 
 from external_oms.stores.redis import RedisStore
-from tests.conftest import FakeClock
 from tests.stores.contract import TENANT, MakeElsewhere, MakeStore, SharedStoreContract
-from tests.stores.redis_server import RedisServer, needs_redis, until
-
-pytestmark = needs_redis
+from tests.support.clock import FakeClock
+from tests.support.redis import RedisServer
+from tests.support.waiting import wait_until
 
 TENANTS = (TENANT, "other-tenant")
 
@@ -21,7 +20,7 @@ TENANTS = (TENANT, "other-tenant")
 def in_step(store: RedisStore) -> RedisStore:
     """The store, once its first look at Redis has ended."""
     store.watch(TENANT)
-    until(lambda: store.verified_until > float("-inf"))
+    wait_until(lambda: store.verified_until > float("-inf"))
     return store
 
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import secrets
-import subprocess
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import cast
 
@@ -16,20 +14,12 @@ import redis
 from external_oms.stores.base import Lease
 from external_oms.stores.redis import RedisStore
 from external_oms.stores.redis_client import Client, connect
-from tests.stores.redis_server import RedisServer, free_port, needs_redis, until
-
-pytestmark = needs_redis
+from tests.support.ports import free_port
+from tests.support.redis import RedisProxy, RedisServer
+from tests.support.tls import certificate
+from tests.support.waiting import wait_until
 
 TENANTS = tuple(f"tenant-{number}" for number in range(12))
-
-
-@contextmanager
-def running(server: RedisServer) -> Iterator[RedisServer]:
-    server.start()
-    try:
-        yield server
-    finally:
-        server.stop()
 
 
 def follows(url: str) -> None:
@@ -40,14 +30,14 @@ def follows(url: str) -> None:
         for store in (one, other):
             stack.callback(store.close)
             store.watch(TENANTS[0])
-            until(lambda store=store: store.is_hearing and store.verified_until > 0)  # type: ignore[misc]  # a default binds it
+            wait_until(lambda store=store: store.is_hearing and store.verified_until > 0)  # type: ignore[misc]  # a default binds it
         for tenant in TENANTS:
             assert one.deliver(tenant, "msg", seconds=60.0) == 1
             assert other.deliver(tenant, "msg", seconds=60.0) is None
             assert isinstance(one.acquire(tenant, seconds=5.0, metered=True), Lease)
             assert not isinstance(other.acquire(tenant, seconds=5.0, metered=True), Lease)
         assert other.invalidate(TENANTS[-1]) == 2
-        assert until(lambda: one.load(TENANTS[-1]).generation == 2) < 2.0
+        wait_until(lambda: one.load(TENANTS[-1]).generation == 2, seconds=2.0)
         assert one.health().ok
         assert other.health().ok
 
@@ -59,7 +49,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_unix_socket(directory: Path) -> None:
     path = directory / "redis.sock"
-    with running(RedisServer(directory, "--unixsocket", str(path))):
+    with RedisServer(directory, "--unixsocket", str(path)):
         follows(f"unix://{path}?db=0")
 
 
@@ -69,8 +59,19 @@ def test_a_user_of_an_acl_with_no_more_rights_than_the_documentation_names(direc
         "xadd xtrim xrevrange zadd zrangebyscore zremrangebyscore"
     )
     commands = [f"+{right}" for right in rights.split()]
-    with running(RedisServer(directory)) as server:
-        server.command("ACL", "SETUSER", "oms", "on", ">s3cr3t:/@", "~test-*", "&test-*:changes", "-@all", *commands)
+    with RedisServer(directory) as server:
+        server.command(
+            "ACL",
+            "SETUSER",
+            "oms",
+            "on",
+            ">s3cr3t:/@",
+            "~test-*",
+            "resetchannels",
+            "&test-*:changes",
+            "-@all",
+            *commands,
+        )
         follows(f"redis://oms:s3cr3t%3A%2F%40@127.0.0.1:{server.port}/0")
         store = RedisStore(f"redis://oms:wr0ng@127.0.0.1:{server.port}/0", tenants=("acme",))
         try:
@@ -90,40 +91,33 @@ def test_a_user_of_an_acl_with_no_more_rights_than_the_documentation_names(direc
 
 
 def test_tls(directory: Path) -> None:
-    key, certificate = directory / "key.pem", directory / "cert.pem"
-    subprocess.run(
-        [
-            *("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=localhost"),
-            *("-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(certificate)),
-        ],
-        check=True,
-        capture_output=True,
-        timeout=30,
-    )
-    port = free_port()
-    options = ["--tls-port", str(port), "--tls-cert-file", str(certificate), "--tls-key-file", str(key)]
-    with running(RedisServer(directory, *options, "--tls-ca-cert-file", str(certificate), "--tls-auth-clients", "no")):
-        follows(f"rediss://127.0.0.1:{port}/0?ssl_ca_certs={certificate}")
+    context, bundle = certificate(directory)
+    with RedisServer(directory) as server:
+        proxy = RedisProxy(server.port, context=context)
+        try:
+            follows(f"rediss://127.0.0.1:{proxy.port}/0?ssl_ca_certs={bundle}")
+        finally:
+            proxy.close()
 
 
 def test_sentinels_name_the_primary(directory: Path) -> None:
     with ExitStack() as stack:
-        primary = stack.enter_context(running(RedisServer(directory, "--requirepass", "s3cr3t")))
+        primary = stack.enter_context(RedisServer(directory, "--requirepass", "s3cr3t"))
         file = directory / "sentinel.conf"
         file.write_text(
             f"sentinel monitor fleet 127.0.0.1 {primary.port} 1\nsentinel auth-pass fleet s3cr3t\n", encoding="ascii"
         )
-        sentinel = stack.enter_context(running(RedisServer(directory, configuration=file, sentinel=True)))
+        sentinel = stack.enter_context(RedisServer(directory, configuration=file, sentinel=True))
         follows(f"redis+sentinel://:s3cr3t@127.0.0.1:{free_port()},127.0.0.1:{sentinel.port}/fleet/0")
 
 
 def test_a_cluster(directory: Path) -> None:
     with ExitStack() as stack:
-        nodes = [stack.enter_context(running(RedisServer(directory, in_cluster=True))) for _ in range(2)]
-        nodes[0].command("CLUSTER", "ADDSLOTSRANGE", 0, 8000)
-        nodes[1].command("CLUSTER", "ADDSLOTSRANGE", 8001, 16383)
+        nodes = [stack.enter_context(RedisServer(directory, in_cluster=True)) for _ in range(2)]
+        for node, slots in zip(nodes, (range(8192), range(8192, 16384)), strict=True):
+            node.command("CLUSTER", "ADDSLOTS", *slots)
         nodes[0].command("CLUSTER", "MEET", "127.0.0.1", nodes[1].port, nodes[1].bus)
-        until(lambda: all("cluster_state:ok" in str(node.command("CLUSTER", "INFO")) for node in nodes))
+        wait_until(lambda: all("cluster_state:ok" in str(node.command("CLUSTER", "INFO")) for node in nodes))
         follows(f"redis+cluster://127.0.0.1:{nodes[0].port}/0")
         assert all(node.holds() for node in nodes), "the tenants are spread over the nodes"
 
@@ -131,11 +125,11 @@ def test_a_cluster(directory: Path) -> None:
 @pytest.mark.parametrize("decodes", [True, False])
 @pytest.mark.parametrize("protocol", [2, 3])
 def test_a_ready_client_can_be_handed_in_and_is_not_closed(directory: Path, decodes: bool, protocol: int) -> None:
-    with running(RedisServer(directory)) as server:
+    with RedisServer(directory) as server:
         client = redis.Redis.from_url(server.url, decode_responses=decodes, protocol=protocol)
         store = RedisStore(client=cast("Client", client), tenants=("acme",))
         assert store.invalidate("acme") == 1
-        until(lambda: store.is_hearing)
+        wait_until(lambda: store.is_hearing)
         assert store.load("acme").generation == 1
         store.close()
         assert client.ping()

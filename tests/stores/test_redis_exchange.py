@@ -30,9 +30,7 @@ from external_oms.config import Snapshot
 from external_oms.stores.base import Lease, Record
 from external_oms.stores.redis import RedisStore
 from external_oms.stores.redis_follow import Follower
-from tests.stores.redis_server import RedisServer, needs_redis
-
-pytestmark = needs_redis
+from tests.support.redis import RedisServer
 
 TENANT = "acme"
 MEMBERS = st.integers(0, 2)

@@ -20,9 +20,8 @@ from external_oms.config import Failure, Snapshot
 from external_oms.stores.base import Cause, Event, Lease, Member
 from external_oms.stores.redis import RedisStore
 from tests.stores.contract import in_a_fork
-from tests.stores.redis_server import RedisProxy, RedisServer, needs_redis, until
-
-pytestmark = needs_redis
+from tests.support.redis import RedisProxy, RedisServer
+from tests.support.waiting import wait_until
 
 TENANT = "acme"
 BOUND_SECONDS = 1.0
@@ -111,7 +110,7 @@ def member(server: RedisServer) -> Iterator[MakeMember]:
     def make(url: str) -> RedisStore:
         store = RedisStore(url, prefix=prefix, tenants=(TENANT,), bound_seconds=BOUND_SECONDS)
         store.watch(TENANT)
-        until(lambda: store.verified_until > float("-inf") and store.is_hearing)
+        wait_until(lambda: store.verified_until > float("-inf") and store.is_hearing)
         reader = Reader(store)
         reader.start()
         made.append((store, reader))
@@ -130,6 +129,12 @@ def member(server: RedisServer) -> Iterator[MakeMember]:
 # -- hurry --------------------------------------------------------------------------------------------------------
 
 
+def seconds_until(condition: Callable[[], object]) -> float:
+    began = time.monotonic()
+    wait_until(condition)
+    return time.monotonic() - began
+
+
 def test_an_invalidation_and_the_value_after_it_reach_the_other_members_long_before_a_look_is_due(
     server: RedisServer, member: MakeMember
 ) -> None:
@@ -137,9 +142,9 @@ def test_an_invalidation_and_the_value_after_it_reach_the_other_members_long_bef
     took = []
     for number in range(1, 31):
         generation = one.invalidate(TENANT)
-        took.append(until(partial(reached, other, generation)))
+        took.append(seconds_until(partial(reached, other, generation)))
         store_value(one, enabled=number % 2 == 0)
-        took.append(until(lambda: is_fresh(other)))
+        took.append(seconds_until(lambda: is_fresh(other)))
         assert other.load(TENANT).foreign
     assert sorted(took)[len(took) // 2] < 0.05
 
@@ -167,7 +172,7 @@ def test_what_strangers_say_on_the_channel_changes_nothing(server: RedisServer, 
         well_formed = '["x","acme",["1","epoch","9","9","9","",%s,"","0"]]'
         for said in ("", "null", "[1,2,3]", '["x","acme",[{},1]]', "\xff", well_formed % '"{}"', well_formed % "7"):
             assert client.publish(f"{store.prefix}:changes", said) == 1
-    until(lambda: store.verified_until > SYSTEM_CLOCK.monotonic() + BOUND_SECONDS * 0.9)
+    wait_until(lambda: store.verified_until > SYSTEM_CLOCK.monotonic() + BOUND_SECONDS * 0.9)
     assert store.load(TENANT) == before
     assert store.health().ok
 
@@ -180,18 +185,18 @@ def test_a_member_whose_connections_went_deaf_is_back_in_step_within_the_bound(
 ) -> None:
     deaf, healthy = member(proxy.url), member(server.url)
     for _ in range(3):
-        until(lambda: proxy.living >= 2)
+        wait_until(lambda: proxy.living >= 2)
         proxy.deafen()
         generation = healthy.invalidate(TENANT)
-        assert until(partial(reached, deaf, generation)) < BOUND_SECONDS * 1.1
-    until(lambda: deaf.health().ok)
+        wait_until(partial(reached, deaf, generation), seconds=BOUND_SECONDS * 1.1)
+    wait_until(lambda: deaf.health().ok)
 
 
 def test_a_deaf_subscription_is_replaced_within_the_bound(proxy: RedisProxy, member: MakeMember) -> None:
     store = member(proxy.url)
     proxy.deafen()
-    assert until(lambda: not store.is_hearing) < BOUND_SECONDS
-    assert until(lambda: store.is_hearing) < BOUND_SECONDS
+    wait_until(lambda: not store.is_hearing, seconds=BOUND_SECONDS)
+    wait_until(lambda: store.is_hearing, seconds=BOUND_SECONDS)
 
 
 def test_a_waiter_asks_by_itself_where_nothing_is_heard(
@@ -199,7 +204,7 @@ def test_a_waiter_asks_by_itself_where_nothing_is_heard(
 ) -> None:
     deaf, healthy = member(proxy.url), member(server.url)
     proxy.deafen()
-    until(lambda: not deaf.is_hearing)
+    wait_until(lambda: not deaf.is_hearing)
     proxy.deafen()
     words, slot = deaf.watch(TENANT)
     later = threading.Timer(0.05, lambda: store_value(healthy, enabled=True))
@@ -218,7 +223,7 @@ def test_a_cut_connection_costs_nothing_but_a_new_one(
     for _ in range(5):
         proxy.cut()
         generation = healthy.invalidate(TENANT)
-        assert until(partial(reached, cut, generation)) < BOUND_SECONDS
+        wait_until(partial(reached, cut, generation), seconds=BOUND_SECONDS)
 
 
 # -- Redis forgets ------------------------------------------------------------------------------------------------
@@ -232,11 +237,10 @@ def test_what_redis_forgot_counts_as_an_invalidation_and_the_last_value_lives_on
     for _ in range(3):
         one.invalidate(TENANT)
     store_value(one, enabled=True)
-    until(lambda: is_fresh(other))
+    wait_until(lambda: is_fresh(other))
     server.flush() if loss == "flush" else server.restart()
-    took = until(lambda: not is_fresh(one) and not is_fresh(other))
-    assert took < BOUND_SECONDS
-    until(lambda: one.load(TENANT).generation == other.load(TENANT).generation >= 4)
+    wait_until(lambda: not is_fresh(one) and not is_fresh(other), seconds=BOUND_SECONDS)
+    wait_until(lambda: one.load(TENANT).generation == other.load(TENANT).generation >= 4)
     newcomer = member(server.url)
     for store in (one, other, newcomer):
         record = store.load(TENANT)
@@ -245,7 +249,7 @@ def test_what_redis_forgot_counts_as_an_invalidation_and_the_last_value_lives_on
         assert record.snapshot.enabled is True
         assert record.snapshot.generation == 3
     store_value(newcomer, enabled=False)
-    until(lambda: is_fresh(one) and is_fresh(other))
+    wait_until(lambda: is_fresh(one) and is_fresh(other))
 
 
 def test_a_member_with_a_newer_generation_raises_a_record_that_was_born_again_below_it(
@@ -262,7 +266,7 @@ def test_a_member_with_a_newer_generation_raises_a_record_that_was_born_again_be
     assert newcomer.load(TENANT).generation == 0
     proxy.swallows = False
     proxy.cut()
-    until(lambda: newcomer.load(TENANT).generation == ahead.load(TENANT).generation == 6)
+    wait_until(lambda: newcomer.load(TENANT).generation == ahead.load(TENANT).generation == 6)
     assert not is_fresh(newcomer)
 
 
@@ -290,18 +294,18 @@ def test_a_failover_that_lost_writes_counts_as_an_invalidation(
         one.invalidate(TENANT)
         store_value(one, enabled=True)
         with replica.client() as client:
-            until(lambda: client.info("replication")["master_link_status"] == "up")
+            wait_until(lambda: client.info("replication")["master_link_status"] == "up")
             key = f"{one.prefix}:{{{TENANT}}}:record"
-            until(lambda: replica.field(key, "snapshot"))
+            wait_until(lambda: replica.field(key, "snapshot"))
             client.replicaof("NO", "ONE")
         one.invalidate(TENANT)
-        until(lambda: other.load(TENANT).generation == 2)
+        wait_until(lambda: other.load(TENANT).generation == 2)
         store_value(one, enabled=False)
-        until(lambda: is_fresh(other))
+        wait_until(lambda: is_fresh(other))
         proxy.target = replica.port
         proxy.cut()
-        assert until(lambda: not is_fresh(one) and not is_fresh(other)) < BOUND_SECONDS
-        until(lambda: one.load(TENANT).generation == other.load(TENANT).generation == 3)
+        wait_until(lambda: not is_fresh(one) and not is_fresh(other), seconds=BOUND_SECONDS)
+        wait_until(lambda: one.load(TENANT).generation == other.load(TENANT).generation == 3)
         for store in (one, other):
             record = store.load(TENANT)
             assert record.snapshot is not None
@@ -319,7 +323,7 @@ def test_while_redis_is_frozen_a_member_works_alone_and_at_once(
     caplog.set_level(logging.INFO, logger="external_oms")
     one, other = member(server.url), member(server.url)
     store_value(one, enabled=True)
-    until(lambda: is_fresh(other))
+    wait_until(lambda: is_fresh(other))
     server.freeze()
     try:
         began = time.monotonic()
@@ -343,8 +347,8 @@ def test_while_redis_is_frozen_a_member_works_alone_and_at_once(
         assert is_fresh(other), "it has its value and nobody told it otherwise"
     finally:
         server.thaw()
-    assert until(lambda: one.health().ok and other.health().ok) < BOUND_SECONDS
-    until(lambda: one.load(TENANT).generation == other.load(TENANT).generation >= 3)
+    wait_until(lambda: one.health().ok and other.health().ok, seconds=BOUND_SECONDS)
+    wait_until(lambda: one.load(TENANT).generation == other.load(TENANT).generation >= 3)
     for store in (one, other):
         record = store.load(TENANT)
         assert not is_fresh(store), "what was invalidated alone is invalidated for all"
@@ -377,7 +381,7 @@ def test_many_threads_that_meet_a_frozen_redis_wait_once_and_together(server: Re
     assert len(took) == 80
     assert max(took) < 1.0
     assert sum(seconds > 0.1 for seconds in took) <= 16
-    until(lambda: store.health().ok)
+    wait_until(lambda: store.health().ok)
 
 
 def test_a_value_read_alone_reaches_the_fleet_where_redis_has_nothing_newer(
@@ -385,14 +389,14 @@ def test_a_value_read_alone_reaches_the_fleet_where_redis_has_nothing_newer(
 ) -> None:
     lonely, other = member(proxy.url), member(server.url)
     store_value(other, enabled=True, updated=10)
-    until(lambda: is_fresh(lonely))
+    wait_until(lambda: is_fresh(lonely))
     proxy.swallows = True
     store_value(lonely, enabled=False, updated=20)
     assert not lonely.health().ok
     proxy.swallows = False
-    until(lambda: (found := other.load(TENANT).snapshot) is not None and found.enabled is False)
+    wait_until(lambda: (found := other.load(TENANT).snapshot) is not None and found.enabled is False)
     assert is_fresh(other)
-    until(lambda: lonely.health().ok)
+    wait_until(lambda: lonely.health().ok)
 
 
 def test_a_value_read_alone_is_dropped_where_redis_has_a_newer_one(
@@ -400,13 +404,13 @@ def test_a_value_read_alone_is_dropped_where_redis_has_a_newer_one(
 ) -> None:
     lonely, other = member(proxy.url), member(server.url)
     store_value(lonely, enabled=True, updated=10)
-    until(lambda: is_fresh(other))
+    wait_until(lambda: is_fresh(other))
     proxy.swallows = True
     store_value(lonely, enabled=True, updated=15)
     store_value(other, enabled=False, updated=20)
     proxy.swallows = False
-    until(lambda: (found := lonely.load(TENANT).snapshot) is not None and found.enabled is False)
-    until(lambda: lonely.health().ok)
+    wait_until(lambda: (found := lonely.load(TENANT).snapshot) is not None and found.enabled is False)
+    wait_until(lambda: lonely.health().ok)
     found = other.load(TENANT).snapshot
     assert found is not None
     assert found.enabled is False
@@ -428,7 +432,7 @@ def test_a_lease_given_by_redis_can_be_put_alone_and_one_given_alone_with_redis_
     again = store.acquire(TENANT, seconds=5.0, metered=False)
     assert isinstance(again, Lease)
     proxy.swallows = False
-    until(lambda: store.health().ok)
+    wait_until(lambda: store.health().ok)
     assert store.put(again, snapshot(again, enabled=False))
     found = store.load(TENANT).snapshot
     assert found is not None
@@ -449,8 +453,8 @@ def test_a_member_that_starts_without_redis_works_alone_and_joins_when_it_comes(
         assert late.put(lease, snapshot(lease, enabled=True))
         assert is_fresh(late)
         proxy.swallows = False
-        until(lambda: late.health().ok)
-        until(lambda: late.load(TENANT).generation == other.load(TENANT).generation == 2)
+        wait_until(lambda: late.health().ok)
+        wait_until(lambda: late.load(TENANT).generation == other.load(TENANT).generation == 2)
         assert not is_fresh(late)
     finally:
         late.close()
@@ -459,7 +463,7 @@ def test_a_member_that_starts_without_redis_works_alone_and_joins_when_it_comes(
 def test_closing_takes_less_than_a_second_whatever_redis_does(proxy: RedisProxy) -> None:
     store = RedisStore(proxy.url, tenants=(TENANT,), bound_seconds=BOUND_SECONDS)
     store.watch(TENANT)
-    until(lambda: store.is_hearing)
+    wait_until(lambda: store.is_hearing)
     proxy.swallows = True
     began = time.monotonic()
     store.close()
@@ -480,7 +484,7 @@ def test_history_written_alone_is_added_with_its_own_time_once_redis_is_back(
     assert [row.detail for row in lonely.history(limit=2)] == ["2", "1"]
     assert other.history() == ()
     proxy.swallows = False
-    until(lambda: len(other.history()) == 3)
+    wait_until(lambda: len(other.history()) == 3)
     assert [(row.detail, row.at) for row in other.history()] == [(str(number), happened) for number in (2, 1, 0)]
 
 
@@ -494,12 +498,12 @@ def test_a_record_that_no_member_wrote_is_not_believed_and_the_member_works_alon
     if spoil.startswith("hset"):
         server.command("HSET", key, "revision", "9" * 16)
     server.command(*spoil.format(key=key).split(" "))
-    until(lambda: not store.health().ok)
+    wait_until(lambda: not store.health().ok)
     assert is_fresh(store), "what it knew it still knows"
     assert store.invalidate(TENANT) == 1
     server.command("DEL", key)
-    until(lambda: store.health().ok)
-    until(lambda: store.load(TENANT).generation >= 2)
+    wait_until(lambda: store.health().ok)
+    wait_until(lambda: store.load(TENANT).generation >= 2)
 
 
 def test_history_or_members_that_cannot_be_used_take_nothing_else_along(
@@ -517,17 +521,17 @@ def test_history_or_members_that_cannot_be_used_take_nothing_else_along(
     assert [row.cause for row in store.history()] == [Cause.CHANGED], "what this process knows of it"
     assert [one.name for one in store.members()] == ["host:1"]
     store.invalidate(TENANT)
-    until(lambda: store.verified_until > SYSTEM_CLOCK.monotonic() + BOUND_SECONDS * 0.9)
+    wait_until(lambda: store.verified_until > SYSTEM_CLOCK.monotonic() + BOUND_SECONDS * 0.9)
     assert store.health().ok
     proxy.swallows = True
     store.invalidate(TENANT)
     assert not store.health().ok
     proxy.swallows = False
-    until(lambda: store.health().ok)
+    wait_until(lambda: store.health().ok)
     server.command("DEL", rows, index)
     server.command("XADD", rows, "*", "event", '{"cause": "of a later version"}')
     store.report(told)
-    until(lambda: len(store.history()) == 1)
+    wait_until(lambda: len(store.history()) == 1)
     server.command("SET", report, "[1]")
     assert [one.name for one in store.members()] == ["host:1"]
     server.command("DEL", report)
@@ -541,9 +545,9 @@ def test_a_store_without_tenants_still_says_whether_redis_answers(proxy: RedisPr
     try:
         store.attach(lambda: None)
         store.append(Event(datetime.now(UTC), TENANT, Cause.STORE))
-        until(lambda: not store.health().ok)
+        wait_until(lambda: not store.health().ok)
         proxy.swallows = False
-        until(lambda: store.health().ok)
+        wait_until(lambda: store.health().ok)
     finally:
         store.close()
 
@@ -566,14 +570,14 @@ def test_a_child_answers_from_the_warm_record_follows_and_leaves_the_parents_soc
         generation = other.load(TENANT).generation
         other.after_fork()
         other.invalidate(TENANT)
-        until(lambda: parent.load(TENANT).generation == generation + 1)
+        wait_until(lambda: parent.load(TENANT).generation == generation + 1)
         parent.close()
         other.close()
         return changed and warm
 
     for number in range(1, 6):
         assert in_a_fork(child)
-        until(partial(reached, parent, number))
+        wait_until(partial(reached, parent, number))
         assert parent.health().ok
         assert parent.is_hearing
         store_value(parent, enabled=number % 2 == 0)
@@ -581,7 +585,7 @@ def test_a_child_answers_from_the_warm_record_follows_and_leaves_the_parents_soc
 
 
 def idle_until_unverified(store: RedisStore) -> None:
-    until(lambda: SYSTEM_CLOCK.monotonic() > store.verified_until, BOUND_SECONDS * 2)
+    wait_until(lambda: SYSTEM_CLOCK.monotonic() > store.verified_until, seconds=BOUND_SECONDS * 2)
 
 
 def test_a_child_that_was_idle_never_serves_as_fresh_what_was_invalidated_meanwhile(
@@ -595,13 +599,13 @@ def test_a_child_that_was_idle_never_serves_as_fresh_what_was_invalidated_meanwh
         other.invalidate(TENANT)
         idle_until_unverified(parent)
         was_fresh = is_fresh(parent)
-        until(lambda: parent.load(TENANT).generation == other.load(TENANT).generation)
+        wait_until(lambda: parent.load(TENANT).generation == other.load(TENANT).generation)
         parent.close()
         other.close()
         return not was_fresh
 
     store_value(parent, enabled=True)
-    until(lambda: is_fresh(other))
+    wait_until(lambda: is_fresh(other))
     assert in_a_fork(child)
 
 
@@ -617,7 +621,7 @@ def test_a_child_doubts_what_it_inherited_until_its_first_look_has_ended_even_ba
         first = parent.load(TENANT)
         doubted = first.snapshot is not None and first.snapshot.generation < first.generation
         recent = first.invalidated_at is not None and SYSTEM_CLOCK.monotonic() - first.invalidated_at < 0.1
-        until(lambda: is_fresh(parent))
+        wait_until(lambda: is_fresh(parent))
         return doubted and recent and not parent.health().ok
 
     proxy.swallows = True

@@ -19,7 +19,7 @@ from redis.exceptions import (
 
 from external_oms.stores.redis_client import Client
 from external_oms.stores.redis_link import QUIET_SECONDS, Away, Link, plain
-from tests.conftest import FakeClock
+from tests.support.clock import FakeClock
 
 
 def link(clock: FakeClock, failures: list[str] | None = None) -> Link:

@@ -11,7 +11,7 @@ from external_oms.config import Failure, Snapshot
 from external_oms.stores.base import Lease, Record
 from external_oms.stores.redis_mirror import Mirror, Verdict, supersedes
 from external_oms.stores.redis_wire import Remote, Stamp
-from tests.conftest import FakeClock
+from tests.support.clock import FakeClock
 
 TENANT = "acme"
 DAY = datetime(2026, 3, 1, tzinfo=UTC)

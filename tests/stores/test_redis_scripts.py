@@ -20,9 +20,7 @@ from external_oms.stores.base import Cause, Event, Lease, Member
 from external_oms.stores.redis import RedisStore
 from external_oms.stores.redis_mirror import supersedes
 from external_oms.stores.redis_wire import ServerClock, encode_snapshot
-from tests.stores.redis_server import RedisServer, needs_redis
-
-pytestmark = needs_redis
+from tests.support.redis import RedisServer
 
 KEYS = ("p:{acme}:record", "p:{acme}:lease")
 NOTHING_KNOWN = ("acme", "p:changes", "member", "60000", "epoch", "", "0", "0", "0", "0", "")

@@ -12,8 +12,8 @@ import pytest
 
 from external_oms.stores.base import Store
 from external_oms.stores.sqlite import SqliteStore
-from tests.conftest import FakeClock
 from tests.stores.contract import MakeElsewhere, MakeStore, SharedStoreContract, event, word
+from tests.support.clock import FakeClock
 
 
 @pytest.fixture

@@ -16,8 +16,8 @@ from external_oms.stores.base import Cause, Lease, Member, Store
 from external_oms.stores.sqlite import SqliteStore
 from external_oms.stores.sqlite_file import connect
 from external_oms.stores.sqlite_rows import MalformedRow
-from tests.conftest import FakeClock
 from tests.stores.contract import TENANT, event, failed, leased, seen, word
+from tests.support.clock import FakeClock
 
 
 class Disk:

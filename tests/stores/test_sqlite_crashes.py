@@ -19,8 +19,8 @@ from external_oms.clock import SYSTEM_CLOCK
 from external_oms.config import Snapshot
 from external_oms.stores.base import Lease
 from external_oms.stores.sqlite import SqliteStore
-from tests.conftest import FakeClock
 from tests.stores.contract import TENANT, seen
+from tests.support.clock import FakeClock
 
 ANSWER = struct.Struct("=Q")
 LIFE_SECONDS = 0.5

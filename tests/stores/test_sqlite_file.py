@@ -19,8 +19,8 @@ from external_oms.stores.base import Cause
 from external_oms.stores.page import Page
 from external_oms.stores.sqlite import SqliteStore
 from external_oms.stores.sqlite_file import BeingOpened, check_place, open_state
-from tests.conftest import FakeClock
 from tests.stores.contract import TENANT, leased, seen
+from tests.support.clock import FakeClock
 
 SPAWN = multiprocessing.get_context("spawn")
 

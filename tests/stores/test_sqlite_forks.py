@@ -14,8 +14,8 @@ import pytest
 from external_oms.stores import gate, sqlite_file
 from external_oms.stores.base import Busy
 from external_oms.stores.sqlite import SqliteStore
-from tests.conftest import FakeClock
 from tests.stores.contract import TENANT, event, in_a_fork, leased, seen, word
+from tests.support.clock import FakeClock
 
 
 @pytest.fixture

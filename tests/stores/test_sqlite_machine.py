@@ -15,8 +15,8 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invar
 from external_oms.stores.base import Lease, Member, Record
 from external_oms.stores.memory import MemoryStore
 from external_oms.stores.sqlite import SqliteStore
-from tests.conftest import FakeClock
 from tests.stores.contract import event, failed, seen
+from tests.support.clock import FakeClock
 
 TENANTS = st.sampled_from(["acme-staging", "acme-prod"])
 QUARTERS = st.integers(min_value=0, max_value=400).map(lambda quarters: quarters / 4)

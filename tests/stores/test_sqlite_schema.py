@@ -20,7 +20,7 @@ from external_oms.stores.sqlite_schema import (
     migrate,
     transaction,
 )
-from tests.conftest import FakeClock
+from tests.support.clock import FakeClock
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from werkzeug.test import TestResponse
 
 from external_oms.emulator import ConfigAPIEmulator, Fault
 from external_oms.web.problems import PROBLEM_TYPE
-from tests.web.conftest import TENANT, Server, StartServer, with_key
+from tests.support.web import TENANT, Server, StartServer, with_key
 
 ONE = f"/api/v1/tenants/{TENANT}"
 

@@ -19,8 +19,8 @@ from external_oms.emulator import Fault
 from external_oms.settings import Settings
 from external_oms.web.access import Identity, Keyring, Role, Via
 from external_oms.web.events import SLOT_SECONDS, Tickets, instant_of
-from tests.conftest import FakeClock
-from tests.web.conftest import TENANT, Server, StartServer, with_key
+from tests.support.clock import FakeClock
+from tests.support.web import TENANT, Server, StartServer, with_key
 
 EVENTS = "/ofrep/v1/events"
 

@@ -20,7 +20,7 @@ from external_oms.settings import Settings
 from external_oms.web import ExternalOMS
 from external_oms.web.parts import Parts
 from external_oms.web.problems import PROBLEM_TYPE
-from tests.web.conftest import BEARER, ENTRIES, HOOK, SECRET, TENANT, Server, with_key
+from tests.support.web import BEARER, ENTRIES, HOOK, SECRET, TENANT, Server, with_key
 
 MakeSettings = Callable[..., Settings]
 

@@ -9,7 +9,7 @@ from openfeature.flag_evaluation import FlagResolutionDetails
 from werkzeug.test import TestResponse
 
 from external_oms import FLAG_KEY
-from tests.web.conftest import TENANT, Server, StartServer, with_key
+from tests.support.web import TENANT, Server, StartServer, with_key
 
 PATH = "/flagd/flags.json"
 

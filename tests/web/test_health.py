@@ -9,7 +9,7 @@ import pytest
 
 from external_oms.emulator import ConfigAPIEmulator, Fault
 from external_oms.stores.base import Health
-from tests.web.conftest import TENANT, Server, StartServer
+from tests.support.web import TENANT, Server, StartServer
 
 
 def readiness(server: Server) -> tuple[int, dict[str, Any]]:

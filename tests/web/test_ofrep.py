@@ -18,7 +18,7 @@ from external_oms import FLAG_KEY, ExternalOMSProvider
 from external_oms.emulator import Fault
 from external_oms.errors import StoreError
 from external_oms.web import ExternalOMS, events, ofrep
-from tests.web.conftest import ENTRIES, KEYS, SECRET, TENANT, Server, StartServer, with_key
+from tests.support.web import ENTRIES, KEYS, SECRET, TENANT, Server, StartServer, with_key
 
 ONE = f"/ofrep/v1/evaluate/flags/{FLAG_KEY}"
 ALL = "/ofrep/v1/evaluate/flags"
@@ -266,10 +266,10 @@ def test_a_request_that_knows_of_something_newer_waits_for_it(server: Server) ->
     soon = int(time.time()) + 60
     query = f"?flagConfigEtag={quote(newer)}&flagConfigLastModified={soon}"
     asking = threading.Thread(target=lambda: answers.append(bulk(server, query=query, If_None_Match=old)))
-    listening = len(server.parts.service.cache.changes._listeners)
+    listening = len(server.parts.service.cache.changes._subscribers)
     asking.start()
     until = time.monotonic() + 10
-    while len(server.parts.service.cache.changes._listeners) == listening and asking.is_alive():
+    while len(server.parts.service.cache.changes._subscribers) == listening and asking.is_alive():
         assert time.monotonic() < until
     server.api.set_enabled(TENANT, True)
     server.deliver()
@@ -291,10 +291,10 @@ def test_a_request_that_knows_of_nothing_newer_does_not_wait(
 
 def test_it_does_not_wait_for_ever(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ofrep, "CATCH_UP_SECONDS", 0.01)
-    listening = len(server.parts.service.cache.changes._listeners)
+    listening = len(server.parts.service.cache.changes._subscribers)
     soon = int(time.time()) + 60
     assert bulk(server, query=f"?flagConfigEtag=x&flagConfigLastModified={soon}").status_code == 200
-    assert len(server.parts.service.cache.changes._listeners) == listening
+    assert len(server.parts.service.cache.changes._subscribers) == listening
 
 
 # -- who, and how often ------------------------------------------------------------------------------------------------

@@ -15,8 +15,8 @@ from openfeature.flag_evaluation import Reason
 
 from external_oms import FLAG_KEY
 from external_oms.emulator import ConfigAPIEmulator, Fault
-from tests.web.conftest import KEYS, TENANT
-from tests.web.served import Served, served
+from tests.support.servers import Served, served
+from tests.support.web import KEYS, TENANT
 
 DOMAIN = "test_ofrep_python"
 

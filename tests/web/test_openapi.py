@@ -24,7 +24,7 @@ from external_oms.emulator import ConfigAPIEmulator
 from external_oms.errors import StoreError
 from external_oms.web import create_app, openapi
 from external_oms.web.parts import parts_of
-from tests.web.conftest import BEARER, ENTRIES, HOOK, SECRET, TENANT, Server, StartServer, with_key
+from tests.support.web import BEARER, ENTRIES, HOOK, SECRET, TENANT, Server, StartServer, with_key
 
 CHECKS = [
     not_a_server_error,
@@ -154,7 +154,7 @@ def test_a_store_that_cannot_be_used_is_an_answer_as_documented(
     def broken(*_: object, **__: object) -> None:
         raise StoreError("the store cannot be used; see /readyz")
 
-    monkeypatch.setattr(server.parts.service.cache, "deliver", broken)
+    monkeypatch.setattr(server.parts.service.cache, "invalidate", broken)
     answer = server.deliver()
     assert (answer.status_code, answer.get_json()["kind"]) == (503, "store")
     assert int(answer.headers["Retry-After"]) >= 1

@@ -16,8 +16,8 @@ import pytest
 
 from external_oms.emulator import ConfigAPIEmulator
 from external_oms.web.serving import GRACE_SECONDS, MEMBER_HEADER
-from tests.web.conftest import KEYS, TENANT
-from tests.web.served import SERVE, Served, served
+from tests.support.servers import SERVE, Served, served
+from tests.support.web import KEYS, TENANT
 
 PATIENCE_SECONDS = 15.0
 

@@ -11,7 +11,7 @@ import pytest
 from external_oms import signature
 from external_oms.errors import SignatureError
 from external_oms.web.problems import PROBLEM_TYPE
-from tests.web.conftest import BEARER, HOOK, MALFORMED, SECRET, Server, StartServer
+from tests.support.web import BEARER, HOOK, MALFORMED, SECRET, Server, StartServer
 
 
 class Mangler:

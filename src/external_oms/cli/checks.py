@@ -10,16 +10,17 @@ from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from enum import StrEnum
 
-from external_oms.assemble import make_store, token_source
 from external_oms.auth import TokenSource
 from external_oms.client import READ_SCOPE, WRITE_SCOPE, ConfigClient
 from external_oms.clock import Clock
 from external_oms.config import format_instant
-from external_oms.errors import ExternalOMSError, ReadError, SettingsError
+from external_oms.errors import ExternalOMSError, ReadError, SettingsError, StoreError
 from external_oms.settings import ENV_PREFIX, Settings, TenantSettings
 from external_oms.store_url import mask_passwords
+from external_oms.stores.base import Health
 from external_oms.transport import Transport
 from external_oms.web.app import FLAGS, check_credentials
+from external_oms.wiring import make_store, token_source
 
 __all__ = ["Finding", "Verdict", "claims_of", "examine", "origins"]
 
@@ -237,8 +238,10 @@ def _store_finding(settings: Settings, clock: Clock) -> Finding:
     except (ExternalOMSError, OSError) as error:
         return Finding("store", Verdict.FAIL, str(error), "choose another place in the setting store")
     try:
-        store.history(limit=1)  # goes where the records are, and changes nothing
+        store.history(limit=1)  # goes where the entries are, and changes nothing
         health = store.health()
+    except StoreError as error:
+        health = Health(ok=False, problem=str(error))
     finally:
         store.close()
     if not health.ok:

@@ -19,7 +19,7 @@ from functools import partial
 from typing import TypeVar
 
 from external_oms.clock import Clock
-from external_oms.entry import Entry, Invalidated, Invalidation, Transition, invalidate
+from external_oms.entry import Change, Entry, Invalidated, Invalidation, Moment, Transition, invalidate
 from external_oms.errors import ExternalOMSError, StoreBusy, StoreError
 from external_oms.records import Cause, Event, Member
 from external_oms.stores.base import Health, Store
@@ -252,6 +252,7 @@ class Fallback:
                 return ()
             try:
                 self._shared.poll()
+                self._probe()
             except Exception:  # noqa: BLE001 - as in `load`
                 self._retries += 1
                 pause = min(LAST_RETRY_SECONDS, FIRST_RETRY_SECONDS * 2.0 ** min(self._retries, 10))
@@ -268,6 +269,14 @@ class Fallback:
             return tuple(self._known)
         return (*changed, *self._repay()) if self._owed else changed
 
+    def _probe(self) -> None:
+        """Write an entry as it is: a store that can be read may refuse to be written, as when its disk is full.
+
+        Without that, such a store would be taken back into use and given up again all the time.
+        """
+        for tenant in tuple(self._known)[:1]:
+            self._shared.transact(tenant, _rewrite)
+
     def _recover(self, local: MemoryStore) -> None:
         """Return to the shared store. Until what is owed is repaid, `load` verifies nothing of those tenants."""
         with self._lock:
@@ -277,6 +286,8 @@ class Fallback:
         self._repay()
         for event in reversed(local.history(limit=self._history_rows)):
             self.append(event)
+        if self._problem:  # it failed again meanwhile
+            return
         logger.warning("the shared store works again; it failed with: %s", problem)
 
     def _repay(self) -> Collection[str]:
@@ -292,7 +303,10 @@ class Fallback:
             repeat = partial(invalidate, requests=[Invalidation(event)], at_least=generation + 1)
             try:
                 self._shared.transact(tenant, repeat)
-            except StoreError:  # the next poll tries again, or finds the store failed
+            except StoreBusy:  # the next poll tries again
+                break
+            except Exception as error:  # noqa: BLE001 - as in `load`
+                self._degrade(error)
                 break
             with self._lock:
                 if self._owed.get(tenant) == generation:
@@ -363,3 +377,7 @@ def _has_lost_value(entry: Entry, known: Entry) -> bool:
     if known.snapshot is None or entry.snapshot is None:
         return known.snapshot is not None
     return entry.snapshot.read_at + LOST_SECONDS < known.snapshot.read_at
+
+
+def _rewrite(entry: Entry, moment: Moment) -> Change[None]:  # noqa: ARG001 - the form of a transition
+    return Change(replace(entry), None)  # another object, so that it is stored

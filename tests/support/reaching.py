@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import socket
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import pytest
 import requests
 from pydantic import SecretStr
 
@@ -18,7 +15,8 @@ from external_oms.client import ConfigClient
 from external_oms.clock import SYSTEM_CLOCK
 from external_oms.emulator import ConfigAPIEmulator
 from external_oms.settings import TenantSettings
-from tests.hostile import Line
+from tests.support.hostile import Line
+from tests.support.waiting import wait_until
 
 __all__ = [
     "DEADLINE",
@@ -27,7 +25,6 @@ __all__ = [
     "TOKEN",
     "answer",
     "client_at",
-    "closed_port",
     "descriptors",
     "nothing_left_behind",
     "own_or_users",
@@ -63,10 +60,10 @@ def nothing_left_behind() -> Iterator[None]:
     """Afterwards: the threads and the descriptors of before."""
     threads, before = set(threading.enumerate()), descriptors()
     yield
-    # a server's thread may still be about to end
-    if wait_until(lambda: set(threading.enumerate()) <= threads and descriptors() <= before):
-        return
-    pytest.fail(f"left behind: {set(threading.enumerate()) - threads}, or descriptors")
+    wait_until(  # a server's thread may still be on its way out
+        lambda: set(threading.enumerate()) <= threads and descriptors() <= before,
+        message="threads or descriptors are left behind",
+    )
 
 
 @contextmanager
@@ -121,12 +118,6 @@ def answer(body: bytes, *headers: bytes, status: bytes = b"200 OK", length: int 
     """An answer of HTTP/1.1, byte for byte."""
     lines = [b"HTTP/1.1 " + status, *headers, b"Content-Length: %d" % (len(body) if length is None else length)]
     return b"\r\n".join(lines) + b"\r\n\r\n" + body
-
-
-def closed_port() -> int:
-    """A port on which nobody listens."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
 
 
 def recording(seen: list[bytes], *headers: bytes) -> Callable[[Line], None]:

@@ -8,7 +8,7 @@ from html import unescape
 from flask.testing import FlaskClient
 from werkzeug.test import TestResponse
 
-from tests.web.conftest import KEYS
+from tests.support.web import KEYS
 
 __all__ = ["form_token", "login", "open_browser", "text_of"]
 

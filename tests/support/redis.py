@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import select
-import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Self
 
-import pytest
 import redis
 
-__all__ = ["RedisProxy", "RedisServer", "free_port", "needs_redis", "until"]
+from tests.support.ports import BUS_OFFSET, free_port
+from tests.support.requirements import require_redis
+from tests.support.waiting import wait_until
+
+__all__ = ["RedisProxy", "RedisServer"]
 
 AGE = """
 local milliseconds = tonumber(ARGV[1])
@@ -51,23 +54,6 @@ for _, key in ipairs(redis.call('KEYS', '*')) do
 end
 """
 
-needs_redis = pytest.mark.skipif(shutil.which("redis-server") is None, reason="no redis-server on the PATH")
-
-
-def free_port() -> int:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return int(taken.getsockname()[1])
-
-
-def until(condition: Callable[[], object], seconds: float = 10.0) -> float:
-    """Wait until a condition holds, with a deadline; returns how long it took."""
-    began = time.monotonic()
-    while not condition():
-        assert time.monotonic() - began < seconds, "it did not come true in time"
-        time.sleep(0.001)
-    return time.monotonic() - began
-
 
 class RedisServer:
     """One server on a loopback port, without a file: what it forgets is gone.
@@ -89,20 +75,27 @@ class RedisServer:
         in_cluster: bool = False,
     ) -> None:
         self.port = free_port()
-        self.bus = free_port()
+        self.bus = self.port + BUS_OFFSET
         self.url = f"redis://127.0.0.1:{self.port}/0"
         self._directory = directory
         self._options = options
         if in_cluster:
             file = f"nodes-{self.port}.conf"
-            own = ("--cluster-enabled", "yes", "--cluster-config-file", file, "--cluster-port", str(self.bus))
+            own = ("--cluster-enabled", "yes", "--cluster-config-file", file)
             self._options = (*options, *own)
         self._configuration = configuration
         self._sentinel = sentinel
         self._process: subprocess.Popen[bytes] | None = None
 
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
     def start(self) -> None:
-        command = ["redis-server", *([str(self._configuration)] if self._configuration else [])]
+        command = [require_redis(), *([str(self._configuration)] if self._configuration else [])]
         command += ["--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self._directory)]
         if self._sentinel:
             command.append("--sentinel")
@@ -112,7 +105,7 @@ class RedisServer:
         self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
             with self.client() as client:
-                until(lambda: self._answers(client))
+                wait_until(lambda: self._answers(client), message="redis-server does not answer")
         except AssertionError:
             self.stop()
             raise
@@ -190,10 +183,12 @@ class RedisProxy:
 
     Args:
         port: The server's port; can be set to another server's at any time.
+        context: Speaks TLS with the clients, as a load balancer in front of Redis does, where one is given.
     """
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, *, context: ssl.SSLContext | None = None) -> None:
         self.target = port
+        self._context = context
         self.swallows = False
         self._pairs: list[tuple[socket.socket, socket.socket, threading.Event]] = []
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -214,6 +209,8 @@ class RedisProxy:
             except OSError:
                 near.close()
                 continue
+            if self._context is not None:
+                near = self._context.wrap_socket(near, server_side=True, do_handshake_on_connect=False)
             deaf = threading.Event()
             self._pairs.append((near, far, deaf))
             thread = threading.Thread(target=self._pump, args=(near, far, deaf), daemon=True)
@@ -223,6 +220,8 @@ class RedisProxy:
     def _pump(self, near: socket.socket, far: socket.socket, deaf: threading.Event) -> None:
         other = {near: far, far: near}
         with near, far, suppress(OSError, ValueError):
+            if isinstance(near, ssl.SSLSocket):
+                near.do_handshake()
             while not self._closing:
                 for ready in select.select([near, far], [], [], 0.1)[0]:
                     received = ready.recv(65_536)

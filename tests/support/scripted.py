@@ -1,56 +1,29 @@
-"""What the tests of the core share: a clock that can skip, a source that does as told, a runner moved by hand."""
+"""What the tests of the core share: a source that does as told, a runner moved by hand."""
 
 from __future__ import annotations
 
-import heapq
 import itertools
 import threading
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from concurrent.futures import Future
+from typing import Any
 
-from external_oms.cache import Cache
+from external_oms.cache import Cache, CacheStore
 from external_oms.clock import Clock
 from external_oms.config import Document, Reading
 from external_oms.errors import Unavailable
-from external_oms.freshness import Windows
-from external_oms.stores.base import Store
+from external_oms.policy import Windows
+from external_oms.scheduler import Runner, Scheduler
 from external_oms.stores.memory import MemoryStore
-from external_oms.workers import Runner, Workers
-from tests.conftest import FakeClock
+from tests.support.clock import FakeClock
 
-__all__ = ["SOON", "TENANT", "WINDOWS", "Hand", "Held", "SkipClock", "Source", "eventually", "make_cache"]
+__all__ = ["SOON", "TENANT", "WINDOWS", "Hand", "Held", "Source", "make_cache"]
 
 TENANT = "acme"
 SOON = 10.0
 """When a test that waits for a thread gives up; none comes near it."""
 
 WINDOWS = Windows(ttl_seconds=30.0, stale_while_revalidate_seconds=30.0, stale_if_error_seconds=3600.0)
-
-
-def eventually(holds: Callable[[], bool]) -> bool:
-    """Whether it holds before long: for what has no event to wait on, such as the end of a thread."""
-    until = time.monotonic() + SOON
-    while not holds():
-        if time.monotonic() > until:
-            return False
-        time.sleep(0.001)
-    return True
-
-
-class SkipClock:
-    """The machine's clock, and as much more as the test says has passed: for real threads in long stories."""
-
-    def __init__(self) -> None:
-        self._skipped = 0.0
-
-    def monotonic(self) -> float:
-        return time.monotonic() + self._skipped
-
-    def wall(self) -> float:
-        return time.time() + self._skipped
-
-    def skip(self, seconds: float) -> None:
-        self._skipped += seconds
 
 
 class Held:
@@ -123,43 +96,68 @@ class Source:
 
 
 class Hand:
-    """A runner without threads: a job runs when it is submitted, a due one when the test lets time pass."""
+    """A runner without threads: a job runs when it is submitted, a due one when the test lets time pass.
+
+    Attributes:
+        poll: What `wake` calls; set by `make_cache`.
+    """
 
     def __init__(self, clock: FakeClock) -> None:
+        self.poll: Callable[[], None] | None = None
         self._clock = clock
         self._order = itertools.count()
-        self.due: list[tuple[float, int, Callable[[], None]]] = []
+        self._due: dict[Hashable, tuple[float, int, Callable[[], None]]] = {}
 
     def submit(self, job: Callable[[], None]) -> None:
         job()
 
-    def at(self, when: float, job: Callable[[], None]) -> None:
-        heapq.heappush(self.due, (when, next(self._order), job))
+    def at(self, key: Hashable, when: float, job: Callable[[], None]) -> None:
+        self._due[key] = when, next(self._order), job
+
+    def wait(self, future: Future[Any], seconds: float) -> bool:
+        """Let time pass until the future is done, at most so much."""
+        until = self._clock.monotonic() + max(0.0, seconds)
+        while not future.done():
+            if not self._run_next(until):
+                self._clock.advance(until - self._clock.monotonic())
+                break
+        return future.done()
 
     def advance(self, seconds: float) -> None:
-        """Let so much time pass, and what falls due meanwhile happen at its time."""
+        """Let so much time pass, and run what falls due meanwhile at its time."""
         until = self._clock.monotonic() + seconds
-        while self.due and self.due[0][0] <= until:
-            when, _, job = heapq.heappop(self.due)
-            self._clock.advance(max(0.0, when - self._clock.monotonic()))
-            job()
+        while self._run_next(until):
+            pass
         self._clock.advance(max(0.0, until - self._clock.monotonic()))
 
+    def _run_next(self, until: float) -> bool:
+        key = min(self._due, key=lambda key: self._due[key][:2], default=None)
+        if key is None or self._due[key][0] > until:
+            return False
+        when, _, job = self._due.pop(key)
+        self._clock.advance(max(0.0, when - self._clock.monotonic()))
+        job()
+        return True
+
+    def drop(self) -> None:
+        """Forget what is due, as a forked child does."""
+        self._due.clear()
+
     def wake(self) -> None:
-        """Nobody shares with this process."""
+        if self.poll is not None:
+            self.poll()
 
     def start(self) -> None:
         """There is no thread to start."""
 
     def after_fork(self) -> None:
-        """No test forks with it."""
+        self.drop()
 
     def reopen(self) -> None:
         """Always open."""
 
     def close(self, seconds: float) -> None:
-        """Drop what is due."""
-        self.due.clear()
+        self.drop()
 
 
 def make_cache(
@@ -167,16 +165,21 @@ def make_cache(
     clock: Clock,
     *,
     runner: Runner | None = None,
-    store: Store | None = None,
+    store: CacheStore | None = None,
     tenants: tuple[str, ...] = (TENANT,),
     windows: Windows = WINDOWS,
     timeout_seconds: float = 5.0,
     background: bool = True,
+    waits_after_failure: bool = False,
+    max_waiters: int = 16,
+    random: Callable[[], float] = lambda: 0.5,
 ) -> Cache:
-    """A cache over a memory store; with threads of its own, or with the runner given."""
+    """Return a cache over a memory store; with threads of its own, or with the runner given."""
 
-    def threads(poll: Callable[[], None], poll_seconds: float | None) -> Runner:
-        return Workers(readers=16, clock=clock, poll=poll, poll_seconds=poll_seconds) if runner is None else runner
+    def make_runner(poll: Callable[[], None], poll_seconds: float | None) -> Runner:
+        if isinstance(runner, Hand):
+            runner.poll = poll
+        return Scheduler(workers=16, clock=clock, poll=poll, poll_seconds=poll_seconds) if runner is None else runner
 
     return Cache(
         tenants=tenants,
@@ -185,7 +188,9 @@ def make_cache(
         windows=windows,
         timeout_seconds=timeout_seconds,
         clock=clock,
-        random=lambda: 0.5,
+        random=random,
         background=background,
-        runner=threads,
+        waits_after_failure=waits_after_failure,
+        max_waiters=max_waiters,
+        runner=make_runner,
     )
