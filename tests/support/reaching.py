@@ -31,7 +31,6 @@ __all__ = [
     "recording",
     "script_of",
     "silence",
-    "wait_until",
 ]
 
 TOKEN = "t0ken-do-not-print"
@@ -43,16 +42,6 @@ SLACK = 1.5
 def descriptors() -> int:
     """How many descriptors this process has open."""
     return sum(1 for _ in Path("/proc/self/fd").iterdir())
-
-
-def wait_until(holds: Callable[[], bool], seconds: float = 5.0) -> bool:
-    """Return whether it holds before long: for what has no event to wait on."""
-    until = time.monotonic() + seconds
-    while not holds():
-        if time.monotonic() > until:
-            return False
-        threading.Event().wait(0.005)
-    return True
 
 
 @contextmanager
