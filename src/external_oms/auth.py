@@ -149,7 +149,7 @@ class ClientCredentials:
 
     renews = True
 
-    def __init__(  # noqa: PLR0913 - the grant has five parameters, and the seams are four
+    def __init__(  # noqa: PLR0913 - five parameters of the grant, and what calls and limits need
         self,
         *,
         tenant: str,
