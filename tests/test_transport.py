@@ -45,9 +45,9 @@ from tests.support.reaching import (
     recording,
     script_of,
     silence,
-    wait_until,
 )
 from tests.support.tls import certificate
+from tests.support.waiting import wait_until
 
 
 @pytest.fixture
