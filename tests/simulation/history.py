@@ -24,7 +24,7 @@ __all__ = ["History", "play"]
 TENANTS = ("acme", "beta")
 TIMEOUT_SECONDS = 1.0
 POLL_SECONDS = 0.5
-SETTLE_SECONDS = 12.0
+SETTLE_SECONDS = 9.0
 EPSILON = 1e-6
 
 _LOCK = type(threading.Lock())
@@ -170,7 +170,7 @@ class History:
     def __init__(self, choices: Choices) -> None:
         self.world = World(choices)
         self.kind: str = choices.pick(("memory", "file", "file", "fleet", "fleet"))
-        self.tenants = TENANTS[: 1 + choices.below(2)]
+        self.tenants = TENANTS[: 1 + choices.chance(25)]
         ttl = choices.pick((2.0, 6.0))
         self.windows = Windows(ttl, choices.pick((0.5, 2.0, 6.0)), choices.pick((4.0, 20.0)))
         self.background = not choices.chance(15)
@@ -192,7 +192,7 @@ class History:
         self.taken: set[str] = set()
         self.attempted: set[str] = set()
         self.members: list[Member] = []
-        for _ in range(1 if self.kind == "memory" else 2 + choices.below(2)):
+        for _ in range(1 if self.kind == "memory" else 2 + choices.chance(25)):
             self.join()
 
     def __deepcopy__(self, memo: dict[int, object]) -> History:
@@ -542,21 +542,28 @@ class History:
                 delivery.others = False
 
 
-def play(choices: Choices) -> History:
+def play(choices: Choices, begun: Callable[[History], object] = lambda history: None) -> History:
     """Play one history.
+
+    Args:
+        choices: Where everything random comes from.
+        begun: Called with the history when it begins.
 
     Raises:
         Violation: A promise was broken.
     """
     history = History(choices)
+    begun(history)
     world, server = history.world, history.server
     world.run(0.5, history.check)
-    steps = 4 + choices.below(20)
+    steps = choices.pick((3, 3, 3, 5, 5, 8, 16))
     for _ in range(steps):
         _step(history, choices)
         world.run(choices.pick((0.0, 0.0, 0.005, 0.05, 0.3, 1.1, 2.5, 7.0)), history.check)
         if choices.chance(50):
             history.check()
+    if choices.chance(60):
+        return history
     # faults end, time passes, and everybody is right again
     server.healing = True
     server.down = server.busy = server.slow = server.deaf = False

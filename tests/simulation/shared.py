@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import TypeVar
 
 from external_oms.codec import decode_entry, encode_entry
@@ -18,6 +19,9 @@ from external_oms.stores.base import Health
 from tests.simulation.world import Process, SimulatedClock, World
 
 T = TypeVar("T")
+
+_decode = lru_cache(maxsize=4096)(decode_entry)
+"""Each text is decoded once: an entry is a value."""
 
 LATENCY_SECONDS = 0.002
 """The longest that a command takes without a fault."""
@@ -85,7 +89,7 @@ class Server:
     def entry(self, tenant: str) -> Entry:
         """Return the entry of a tenant, in the server's time."""
         text = self.row(tenant).text
-        return decode_entry(text) if text else Entry()
+        return _decode(text) if text else Entry()
 
     def remember(self) -> None:
         """Keep the present state, for `rewind`."""
