@@ -13,12 +13,13 @@ WORKERS ?= 2
 CANDIDATES := $(PYTHON) python3 python3.14 python3.13 python3.12 python3.11
 
 # Modules of rules, without I/O: every branch of theirs is run.
-PURE := errors.py clock.py freshness.py config.py settings.py settings_errors.py store_url.py tenants.py signature.py judgement.py resolution.py status.py
+PURE := errors.py clock.py config.py records.py entry.py policy.py codec.py settings.py settings_errors.py store_url.py tenants.py \
+	signature.py resolution.py status.py
 space := $(subst ,, )
 comma := ,
 PURE_PATHS := $(subst $(space),$(comma),$(addprefix src/external_oms/,$(PURE)))
 
-.PHONY: help demo test check steady lint format types docs bench soak bare clean
+.PHONY: help demo test check steady lint format types docs simulate bench soak bare clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -65,6 +66,9 @@ types: $(VENV)/.ready-dev ## mypy, strict, over the sources, the tests and the e
 
 docs: $(VENV)/.ready-docs ## the documentation, into docs/_build/html; a warning is an error
 	$(PY) -m sphinx -W --keep-going -q -b html docs docs/_build/html
+
+simulate: $(VENV)/.ready-test ## fresh histories of the simulation for so many SECONDS, 60 unless told
+	@$(PY) -m tests.simulation --seconds $(or $(SECONDS),60) $(if $(SEED),--seed $(SEED))
 
 bench: $(VENV)/.ready-test $(VENV)/.redis ## the benchmarks, which print what an evaluation costs
 	$(PY) -m pytest tests/benchmarks -s

@@ -562,7 +562,8 @@ def play(choices: Choices, begun: Callable[[History], object] = lambda history: 
         world.run(choices.pick((0.0, 0.0, 0.005, 0.05, 0.3, 1.1, 2.5, 7.0)), history.check)
         if choices.chance(50):
             history.check()
-    if choices.chance(60):
+    idle = any(member.idle for member in history.members)
+    if not idle and choices.chance(60):
         return history
     # faults end, time passes, and everybody is right again
     server.healing = True
