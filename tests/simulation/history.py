@@ -190,7 +190,7 @@ class History:
         self.started_deliveries = 0
         self.delivering: dict[str, int] = dict.fromkeys(self.tenants, 0)
         self.taken: set[str] = set()
-        self.attempted: set[str] = set()
+        self.attempts: dict[str | None, int] = {}
         self.members: list[Member] = []
         for _ in range(1 if self.kind == "memory" else 2 + choices.chance(25)):
             self.join()
@@ -423,6 +423,8 @@ class History:
             self.started_deliveries += 1
             started, self.delivering[tenant] = self.started_deliveries, self.delivering[tenant] + 1
             before = member.evaluate(tenant, wait=False)
+            # from here on the store may take it, and its answer may be lost
+            self.attempts[delivery_id] = self.attempts.get(delivery_id, 0) + 1
             result, shared = member.cache.invalidate(tenant, Invalidation(delivery_id=delivery_id))
             effect = self.raised.get((tenant, result.generation), called) if shared and self.kind != "memory" else called
             self.delivering[tenant] -= 1
@@ -431,15 +433,13 @@ class History:
             else:
                 taken = self.taken
             if result.duplicate:
-                if delivery_id not in taken and delivery_id not in self.attempted:
+                if delivery_id not in taken and self.attempts[delivery_id] == 1:
                     raise Violation(f"P2: the delivery {delivery_id} counts as a duplicate, and was never taken")
                 alone = alone and started == self.started_deliveries and not self.delivering[tenant]
                 if alone and not self.disturbed:
                     if self.server.entry(tenant).generation != generation:
                         raise Violation(f"P2: the duplicate {delivery_id} raised the generation")
                 return
-            if not shared and delivery_id is not None:
-                self.attempted.add(delivery_id)  # the store may have taken it, and its answer was lost
             if shared and delivery_id is not None:
                 if delivery_id in taken and not self.server.losses:
                     raise Violation(f"P2: the delivery {delivery_id} was taken twice")
@@ -597,7 +597,7 @@ def _step(history: History, choices: Choices) -> None:
         living = [history.join()]
     member, tenant = choices.pick(living), choices.pick(history.tenants)
     server, api, world = history.server, history.apis[tenant], history.world
-    what = choices.below(33)
+    what = choices.below(35)
     if what < 7:
         world.note(f"{member} evaluates {tenant}")
         history.evaluate(member, tenant)
@@ -627,13 +627,17 @@ def _step(history: History, choices: Choices) -> None:
         api.lag = choices.pick((0.0, 0.0, 1.5, 10.0))
         api.changed_at = world.now
         world.note(f"the API of {tenant}: {api.mode}, latency {api.latency}, lag {api.lag}")
-    elif what == 30:
-        world.note(f"everybody evaluates {tenant}, and {member} takes a delivery")
-        for one in living:
-            history.evaluate(one, tenant)
-        history.deliver(member, tenant, None)
-        for one in living:
-            history.evaluate(one, tenant)
+    elif what in {30, 33, 34}:
+        world.note(f"{member} refreshes {tenant}, everybody evaluates it, and another process takes a delivery")
+        history.refresh(member, tenant)
+        world.run(choices.pick((0.0, 0.01, 0.1, 0.3)))
+        for _ in range(2):
+            for one in living:
+                history.evaluate(one, tenant)
+            history.deliver(choices.pick(living), tenant, None)
+            for one in living:
+                history.evaluate(one, tenant)
+            world.run(choices.pick((0.0, 0.05, 0.3)), history.check)
     elif what == 31:
         api.flips.append((world.now, not api.value))
         api.value, api.lag, api.changed_at = not api.value, choices.pick((1.5, 10.0)), world.now
@@ -643,13 +647,11 @@ def _step(history: History, choices: Choices) -> None:
         history.deliver(member, tenant, None)
     elif history.kind == "memory":
         if what == 22:
-            world.note(f"{member} forks")
-            history.fork(member)
+            _fork(history, member, tenant)
         return
     elif what == 22:
         if len(living) < 5:
-            world.note(f"{member} forks")
-            history.fork(member)
+            _fork(history, member, tenant)
     elif what == 23:
         world.note(f"{member} is killed")
         history.crash(member)
@@ -690,6 +692,19 @@ def _step(history: History, choices: Choices) -> None:
         history.lose(choices.pick((server.flush, server.rewind)))
 
 
+def _fork(history: History, parent: Member, tenant: str) -> None:
+    """Fork a process; perhaps the value changes directly afterwards, and the child is idle."""
+    history.world.note(f"{parent} forks")
+    child = history.fork(parent)
+    if history.world.choices.chance(50):
+        child.idle = True
+        api = history.apis[tenant]
+        api.value = not api.value
+        api.flips.append((history.world.now, api.value))
+        history.world.note(f"the API of {tenant} changes to {api.value}, and {parent} takes a delivery")
+        history.deliver(parent, tenant, None)
+
+
 def _check_dead_lease(history: History, read: Read) -> None:
     """Check that one host finds the lease of a process that ended before its time."""
     server = history.server
@@ -720,6 +735,11 @@ def _check_end(history: History, last: dict[tuple[int, str], Evaluation]) -> Non
                 age = history.world.now - history._read_of(snapshot.etag).started
                 if age > history.windows.ttl_seconds + 2.5:
                     raise Violation(f"P1: {member} serves {age:.3f} s old {evaluation.freshness} though faults ended")
+            quiet = all(one.effect < history.world.now - 8.0 for one in history.deliveries)
+            age = history.world.now - history._read_of(snapshot.etag).started
+            early = age < history.windows.ttl_seconds - 0.7
+            if history.background and quiet and evaluation.freshness is not Freshness.FRESH and early:
+                raise Violation(f"P1: {member} serves a value of {age:.3f} s as {evaluation.freshness} though faults ended")
             if history.background and snapshot.enabled is not history.apis[tenant].value:
                 raise Violation(f"P1: {member} serves {snapshot.enabled} for {tenant}; the API says otherwise")
             if member.degraded:
