@@ -148,7 +148,7 @@ _DEADLINE: ContextVar[Deadline] = ContextVar("deadline")
 class Transport:
     """Sends requests, over a session of its own or over the application's.
 
-    Its own session is made once, and anew in a forked child. It obeys proxies and CA bundles as requests does
+    Its own session is made at first use, and anew in a forked child. It obeys proxies and CA bundles as requests does
     (`HTTPS_PROXY`, `REQUESTS_CA_BUNDLE`). Each request has a new connection: reads are half a minute apart, so that an
     open one is as often dead as alive. Only the system's name resolver keeps its own time limit.
 
@@ -167,7 +167,7 @@ class Transport:
 
     def __init__(self, session: requests.Session | None, *, subject: str, url_setting: str, clock: Clock) -> None:
         self._own = session is None
-        self._session = _own_session() if session is None else session
+        self._session = session
         self._subject = subject
         self._url_setting = url_setting
         self._clock = clock
@@ -199,8 +199,8 @@ class Transport:
         """Replace locks and connections in a forked child, without shutting down what the parent may still use."""
         self._lock = threading.Lock()
         self._deadlines = set()
-        if self._own:
-            self._session = _own_session()
+        if self._own or self._session is None:
+            self._session = None
             return
         for adapter in self._session.adapters.values():
             if isinstance(adapter, HTTPAdapter):
@@ -233,6 +233,8 @@ class Transport:
         deadline.sent = False
         bound = _DEADLINE.set(deadline)
         try:
+            if self._session is None:  # not before it is used: a forked child of a thousand tenants uses few at once
+                self._session = _own_session()
             with _without_cookies(self._session).request(
                 method,
                 url,
