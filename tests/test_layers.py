@@ -15,8 +15,8 @@ SOURCE = Path(__file__).parents[1] / "src" / PACKAGE
 
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "clock", "signals"),
-    ("records", "config", "tenants", "signature", "transport"),
-    ("entry",),
+    ("records", "config", "store_url", "tenants", "signature", "transport"),
+    ("settings_errors", "entry"),
     ("policy", "codec"),
     ("settings", "auth", "scheduler"),
     ("client", "stores"),
@@ -37,8 +37,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 """From the ground up: a room imports rooms of lower floors, and inside itself; never its neighbours on one floor."""
 
 FOREIGN: dict[str, tuple[str, ...]] = {
-    "authlib": ("auth",),
-    "cachetools": ("auth", "stores.memory"),
+    "cachetools": ("stores.memory",),
     "click": ("cli",),
     "flask": ("web", "emulator", "emulated"),
     "gunicorn": ("web", "cli"),
@@ -50,6 +49,7 @@ FOREIGN: dict[str, tuple[str, ...]] = {
     "platformdirs": ("cli",),
     "prometheus_client": ("web.gauges", "web.metrics"),
     "pydantic": ("tenants", "settings", "auth"),
+    "pydantic_core": ("settings_errors",),
     "pydantic_settings": ("settings",),
     "pytest": ("pytest_plugin",),
     "redis": ("stores.redis", "stores.redis_client", "stores.redis_link", "stores.redis_sync"),
@@ -61,7 +61,17 @@ FOREIGN: dict[str, tuple[str, ...]] = {
 }
 """Every foreign library and the rooms that may import it, at whatever depth of the code."""
 
-LATE_ONLY = ("flask", "redis", "authlib", "click", "standardwebhooks", "prometheus_client", "gunicorn", "pytest")
+LATE_ONLY = (
+    "flask",
+    "redis",
+    "sqlite3",
+    "tomllib",
+    "click",
+    "standardwebhooks",
+    "prometheus_client",
+    "gunicorn",
+    "pytest",
+)
 """What `import external_oms` must not bring."""
 
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

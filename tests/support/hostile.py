@@ -30,6 +30,10 @@ class Line:
             received += more
         return received
 
+    def receive(self, size: int) -> bytes:
+        """What has arrived, up to so many bytes; empty if the other side has closed."""
+        return self._connection.recv(size)
+
     def send(self, *parts: bytes) -> None:
         for part in parts:
             self._connection.sendall(part)

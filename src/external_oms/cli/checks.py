@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from enum import StrEnum
-from urllib.parse import urlsplit
 
 from external_oms.auth import TokenSource
 from external_oms.client import READ_SCOPE, WRITE_SCOPE, ConfigClient
@@ -17,6 +16,7 @@ from external_oms.clock import Clock
 from external_oms.config import format_instant
 from external_oms.errors import ExternalOMSError, ReadError, SettingsError, StoreError
 from external_oms.settings import ENV_PREFIX, Settings, TenantSettings
+from external_oms.store_url import mask_passwords
 from external_oms.stores.base import Health
 from external_oms.transport import Transport
 from external_oms.web.app import FLAGS, check_credentials
@@ -35,6 +35,9 @@ _ADVICE = {
     "malformed": "check config_path: another resource, or a sign-in page, answers there",
 }
 
+
+MAX_EXP = 1e12
+"""The latest `exp` of a token that is believed, in the year 33658: an integer of 400 digits is no float."""
 
 _COUNTED = frozenset({"webhook_secrets", "webhook_api_keys", "api_keys"})
 """Lists of secrets, or of what recognises them: their number is all that is told."""
@@ -99,12 +102,7 @@ def _open(name: str, value: object) -> str:
         return f"{value:.0f}" if value.is_integer() else str(value)
     if isinstance(value, bool):
         return str(value).lower()
-    return _without_password(str(value)) if name == "store" else str(value)
-
-
-def _without_password(address: str) -> str:
-    head, at, tail = address.rpartition("@")
-    return f"{urlsplit(head).scheme}://…@{tail}" if at else address
+    return str(value)  # a store's URL shows no password
 
 
 def examine(settings: Settings, *, clock: Clock) -> Iterator[Finding]:
@@ -160,7 +158,7 @@ def claims_of(token: str) -> Mapping[str, object] | None:
 
 def _token_finding(subject: str, how: str, claims: Mapping[str, object] | None, *, now_wall: float) -> Finding:
     ends = claims.get("exp") if claims else None
-    if isinstance(ends, bool) or not isinstance(ends, int | float):
+    if isinstance(ends, bool) or not isinstance(ends, int | float) or not abs(ends) < MAX_EXP:
         return Finding(subject, Verdict.OK, how)
     left = ends - now_wall
     if left > 0:
@@ -211,13 +209,11 @@ def _read_finding(
 def _clock_finding(settings: Settings, clock: Clock) -> Finding:
     """This host's clock against the Date that the API's own answer carries; which answer does not matter."""
     tenant, reached = next(iter(settings.by_tenant().items()))
-    transport = Transport(None, subject="the config API", clock=clock)
+    transport = Transport(None, subject="the config API", url_setting="base_url", clock=clock)
     began = clock.wall()
     try:
-        with transport.call(clock.monotonic() + settings.timeout_seconds) as call:
-            answer = transport.exchange(
-                call, "HEAD", reached.config_url(tenant), signer=lambda asked: asked, headers={}
-            )
+        with transport.deadline(clock.monotonic() + settings.timeout_seconds) as deadline:
+            answer = transport.send(deadline, "HEAD", reached.config_url(tenant), headers={})
     except ReadError as error:
         return Finding("clock", Verdict.NOTE, f"not to be compared: {error}")
     ended = clock.wall()
@@ -236,7 +232,7 @@ def _clock_finding(settings: Settings, clock: Clock) -> Finding:
 
 
 def _store_finding(settings: Settings, clock: Clock) -> Finding:
-    where = _without_password(settings.store)
+    where = mask_passwords(settings.store)
     try:
         store = make_store(settings, clock=clock)
     except (ExternalOMSError, OSError) as error:
