@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -23,14 +24,17 @@ import pytest
 from click.testing import CliRunner, Result
 
 import external_oms
-from external_oms.cli import main
+from external_oms.cli import frame, main
 from external_oms.cli.endings import endable, uninterrupted
 from external_oms.cli.frame import Code
 from external_oms.cli.reaching import environment_of
 from external_oms.cli.stage import Stage
 from external_oms.emulator import ConfigAPIEmulator, Fault
+from external_oms.entry import Entry
 from external_oms.settings import ENV_PREFIX
 from external_oms.signature import verify
+from external_oms.stores.memory import MemoryStore
+from external_oms.wiring import build_service
 from tests.support.ports import free_port
 from tests.support.servers import read_until, started
 from tests.support.waiting import wait_until
@@ -114,6 +118,17 @@ def test_status_says_why_reads_fail_and_exits_with_1_where_nothing_may_be_served
     assert result.exit_code == Code.FAILED
     assert "expired" in result.stdout
     assert "answered 503" in result.stdout.splitlines()[-1]
+
+
+def test_a_generation_of_thirteen_digits_is_shown_whole(
+    api: ConfigAPIEmulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Generations in Redis are times in milliseconds; people compare them with what a delivery was answered."""
+    generation = 1_780_000_000_123
+    store = MemoryStore(entries={"acme-staging": Entry(generation=generation)})
+    monkeypatch.setattr(frame, "build_service", partial(build_service, store=store))
+    assert json.loads(run("status", "--json").stdout)["generation"] == generation
+    assert str(generation) in run("status").stdout
 
 
 def test_a_value_of_one_platform_is_never_shown_for_a_tenant_of_the_same_name_on_another(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import math
 import os
 import socket
 import ssl
@@ -13,11 +14,15 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
+from datetime import UTC, datetime
+from email.utils import format_datetime
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 import requests
+from hypothesis import given
+from hypothesis import strategies as st
 from requests.adapters import BaseAdapter, HTTPAdapter
 
 from external_oms.clock import SYSTEM_CLOCK
@@ -29,7 +34,7 @@ from external_oms.errors import (
     Unavailable,
     WriteOutcomeUnknown,
 )
-from external_oms.transport import Transport
+from external_oms.transport import Transport, parse_retry_after
 from tests.support.hostile import Hostile, Line
 from tests.support.ports import free_port
 from tests.support.reaching import (
@@ -597,3 +602,39 @@ def test_a_child_forked_in_the_middle_of_a_read_leaves_the_parents_read_alone(ap
             os._exit(0)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
         assert reading.result(5).document is not None
+
+
+# -- Retry-After ----------------------------------------------------------------------------------------------------
+
+NOW = 1_780_000_000.0
+
+
+@pytest.mark.parametrize(
+    ("header", "expected"),
+    [
+        (None, None),
+        ("", None),
+        ("soon", None),
+        ("nan", None),
+        ("0", 0.0),
+        ("-5", 0.0),
+        (" 7 ", 7.0),
+        ("1.5", 1.5),
+        ("1e400", 300.0),
+        ("inf", 300.0),
+        ("99999999", 300.0),
+        (format_datetime(datetime.fromtimestamp(NOW + 20, UTC), usegmt=True), 20.0),
+        (format_datetime(datetime.fromtimestamp(NOW - 20, UTC), usegmt=True), 0.0),
+        ("Wed, 21 Oct 2099 07:28:00 GMT", 300.0),
+        ("Thu, 28 May 2026 20:26:50 -0000", 10.0),  # no zone known: read as UTC
+        ("Wed, 21 Oct 99999 07:28:00 GMT", None),
+    ],
+)
+def test_a_retry_after_is_seconds_or_a_date_and_is_capped(header: str | None, expected: float | None) -> None:
+    assert parse_retry_after(header, now_wall=NOW, cap_seconds=300) == expected
+
+
+@given(header=st.text(), now=st.floats(-1e11, 1e11), cap=st.floats(1e-3, 1e9))
+def test_no_retry_after_raises_or_leaves_its_bounds(header: str, now: float, cap: float) -> None:
+    wait = parse_retry_after(header, now_wall=now, cap_seconds=cap)
+    assert wait is None or (0 <= wait <= cap and not math.isnan(wait))

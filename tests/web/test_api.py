@@ -98,6 +98,22 @@ def test_a_refresh_that_fails_says_why_and_claims_nothing(
     assert "Traceback" not in answer.text
 
 
+def test_the_end_of_an_outage_is_logged_as_loud_as_its_beginning(
+    start: StartServer, api: ConfigAPIEmulator, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = start(refresh="lazy")
+    assert refresh(server).status_code == 200
+    api.fault(TENANT, Fault(status=503, times=None))
+    for _ in range(3):
+        assert refresh(server).status_code == 502
+    api.clear(TENANT)
+    assert refresh(server).status_code == 200
+    lines = [(line.levelname, line.getMessage()) for line in caplog.records if line.name == "external_oms"]
+    assert [level for level, _ in lines] == ["WARNING", "WARNING"]
+    assert "config API reads are failing" in lines[0][1]
+    assert lines[1][1] == f"tenant {TENANT}: config API reads succeed again after 3 failed reads"
+
+
 def test_a_refresh_of_an_unknown_tenant_is_not_found(server: Server) -> None:
     assert refresh(server, "/api/v1/tenants/nobody/refresh").status_code == 404
 

@@ -14,7 +14,9 @@ import pytest
 from werkzeug.test import TestResponse
 
 from external_oms.emulator import ConfigAPIEmulator, Fault
+from external_oms.entry import Entry
 from external_oms.records import Cause, Event, Member
+from external_oms.stores.memory import MemoryStore
 from external_oms.web import create_app, dashboard
 from external_oms.web.api import REASON_LENGTH
 from external_oms.web.dashboard import PANELS, TIMELINE_ROWS
@@ -22,6 +24,7 @@ from external_oms.web.fleet import KEEP_SECONDS
 from external_oms.web.parts import parts_of
 from external_oms.web.words import latency, span, title_of
 from tests.support.pages import form_token, open_browser, text_of
+from tests.support.stores import FaultyStore
 from tests.support.web import ENTRIES, SECRET, TENANT, Server, StartServer, with_key
 
 RANK = {"stranger": -1, "nobody": -1, "viewer": 1, "operator": 2, "admin": 3}
@@ -198,6 +201,23 @@ def test_two_tenants_are_shown_with_everything_that_is_known(two: Server) -> Non
     ):
         assert words in said
     assert f"{TENANT} ON" in text_of(two.client.get(ONE))
+
+
+def test_a_generation_of_thirteen_digits_is_shown_by_its_end_and_whole_under_the_pointer(start: StartServer) -> None:
+    """Generations in Redis are times in milliseconds, too long for the columns."""
+    generation = 1_780_000_000_123
+    data = MemoryStore(entries={TENANT: Entry(generation=generation)})
+    server = start(shared=FaultyStore(data=data), refresh="lazy")
+    read(server, enabled=True)
+    data.report([Member("web:1", TENANT, generation, True, "fresh", 1.0)])
+    open_browser(server.client)
+    page = server.client.get("/")
+    assert "Generation …000123" in text_of(page)
+    assert "web:1 ON …000123" in text_of(page)
+    assert page.text.count(f'title="{generation}"') == 2
+    answer = server.get(f"/api/v1/tenants/{TENANT}").json
+    assert answer is not None
+    assert answer["generation"] == generation
 
 
 def test_one_tenant_is_the_whole_page(server: Server) -> None:
