@@ -12,6 +12,7 @@ from external_oms.emulator import Fault
 from external_oms.testing import sign_delivery
 from tests.support.browsing import PHONE, Visit, Visits
 from tests.support.servers import Served
+from tests.support.waiting import wait_until
 from tests.support.web import HOOK, SECRET, TENANT
 
 SOON_MS = 1_000
@@ -197,8 +198,12 @@ def test_the_script_and_the_server_put_it_in_the_same_words(visit: Visits, serve
     shape = re.compile(r"\d+")
     for name in ("age", "freshness"):
         field = f'[data-field="{name}"]'
-        texts = [panel(one.page).locator(field).text_content() or "" for one in (plain, live)]
-        assert len({shape.sub("#", text) for text in texts}) == 1
+
+        def shapes(field: str = field) -> set[str]:
+            plain.page.reload()  # so that both tell the same moment
+            return {shape.sub("#", panel(one.page).locator(field).text_content() or "") for one in (plain, live)}
+
+        wait_until(lambda: len(shapes()) == 1)
 
 
 def test_the_keyboard_alone_will_do(visit: Visits, server: Served) -> None:
