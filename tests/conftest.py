@@ -118,7 +118,8 @@ def pytest_make_collect_report(
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    if (file := config.getoption("--skips-to")) is not None:
+    file = config.getoption("--skips-to")
+    if file is not None and not hasattr(config, "workerinput"):  # of several processes, the one that knows all reports
         reasons = Counter(_reason(report) for report in terminalreporter.stats.get("skipped", []))
         with Path(file).open("a", encoding="utf-8") as out:
-            out.writelines(f"{count} {'test' if count == 1 else 'tests'}: {why}\n" for why, count in reasons.items())
+            out.writelines(f"{count} {'test' if count == 1 else 'tests'} ({why})\n" for why, count in reasons.items())
