@@ -352,7 +352,7 @@ def test_watch_tells_a_row_of_failures_once_for_people(api: ConfigAPIEmulator) -
         before = api.reads()
         api.fault(None, Fault(status=503, times=None, where="read"))
         assert "answered 503" in read_until(watching.stdout, "reads fail")[-1]
-        wait_until(lambda: api.reads() >= before + 3)
+        wait_until(lambda: api.reads() >= before + 2)
         api.clear()
         told = read_until(watching.stdout, " fresh ")
         watching.send_signal(signal.SIGTERM)

@@ -118,7 +118,7 @@ def test_killing_a_worker_in_every_round_loses_nothing(api: ConfigAPIEmulator, t
             "tests.hosts.shop:app", environ=environment(api, store=f"sqlite:///{state}"), log=tmp_path / "gunicorn.log"
         ) as host,
     ):
-        kill_in_every_round(host, api, 8, random.Random(7))
+        kill_in_every_round(host, api, 4, random.Random(7))
     assert_clean(state)
 
 
