@@ -32,7 +32,7 @@ define run_tests
 	@rm -f $(VENV)/.not-run
 	@status=0; \
 	$(RUN_PYTEST) -m "not soak and not serial" -n $(WORKERS) --dist loadfile --no-loadscope-reorder || status=1; \
-	$(RUN_PYTEST) -m "serial and not soak" || status=1; \
+	$(RUN_PYTEST) -m "serial and not soak" $$(grep -rl --include='test_*.py' mark.serial tests) || status=1; \
 	if [ -s $(VENV)/.not-run ]; then echo "not run: $$(paste -s -d , $(VENV)/.not-run | sed 's/),/), /g')"; else echo "every test was run"; fi; \
 	exit $$status
 endef
