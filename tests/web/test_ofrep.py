@@ -255,9 +255,7 @@ def test_what_the_client_has_is_not_sent_again(server: Server, form: str) -> Non
     assert bulk(server, If_None_Match=form.format(tag)).status_code == (304 if form == "*" else 200)
 
 
-def test_a_request_that_knows_of_something_newer_waits_for_it(
-    server: Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_request_that_knows_of_something_newer_waits_for_it(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a fleet, where the process that holds the stream may have heard before the one that is asked."""
     monkeypatch.setattr(ofrep, "CATCH_UP_SECONDS", 30.0)
     server.api.set_enabled(TENANT, True)

@@ -120,7 +120,9 @@ def test_open_streams_do_not_keep_a_server_from_ending(api: ConfigAPIEmulator, t
         heard.append(stream.heard())
         stream.connection.close()  # as EventSource does, before it connects again
 
-    patient = "from external_oms.web import serving; serving.GRACE_SECONDS = 600; from external_oms.cli import main; main()"
+    patient = (
+        "from external_oms.web import serving; serving.GRACE_SECONDS = 600; from external_oms.cli import main; main()"
+    )
     with served(api, tmp_path, command=(sys.executable, "-c", patient, "serve")) as server:
         listening = [threading.Thread(target=listen, args=(Stream(server),)) for _ in range(8)]
         for thread in listening:
