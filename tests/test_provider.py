@@ -263,7 +263,7 @@ def test_no_tenant_named_means_the_only_one_and_is_invalid_where_there_are_sever
 
 
 def test_an_invalidation_is_seen_by_the_very_next_evaluation(api: ConfigAPIEmulator, make: Make) -> None:
-    provider = make()
+    provider = make(refresh="lazy", timeout_seconds=30.0)  # so that an evaluation alone begins a read, and it hangs
     for _ in range(2):
         provider.resolve_boolean_details(FLAG_KEY, False)
     for number in range(1, 4):
@@ -275,9 +275,9 @@ def test_an_invalidation_is_seen_by_the_very_next_evaluation(api: ConfigAPIEmula
             assert (details.reason, details.flag_metadata["stale"]) == (Reason.STALE, True)
             assert provider.enabled() is True
         wait_until(lambda: api.reads() == reads + 1)  # noqa: B023 - called at once
-        api.clear(TENANT)
         provider.service.clients[TENANT].abort()
         wait_until(lambda: provider.state().failures > 0)
+        api.clear(TENANT)
         provider.refresh()
         details = provider.resolve_boolean_details(FLAG_KEY, False)
         assert (details.reason, details.flag_metadata["generation"]) == (Reason.CACHED, number)
