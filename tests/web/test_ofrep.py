@@ -63,7 +63,7 @@ def only(answer: TestResponse) -> dict[str, object]:
 
 def silent(server: Server) -> None:
     """Let the config API fail from now on."""
-    server.api.fault(TENANT, Fault(status=500))
+    server.api.fault(TENANT, Fault(status=500, times=None))
 
 
 # -- one flag ----------------------------------------------------------------------------------------------------------

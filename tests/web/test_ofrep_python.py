@@ -80,7 +80,7 @@ def test_without_a_good_key_it_gets_its_default(server: Served) -> None:
 
 def test_while_the_config_api_is_down_it_goes_on_with_the_last_value(client: OpenFeatureClient, server: Served) -> None:
     server.flip(True)
-    server.api.fault(TENANT, Fault(status=500))
+    server.api.fault(TENANT, Fault(status=500, times=None))
     try:
         server.deliver_in_vain()
         details = client.get_boolean_details(FLAG_KEY, False)
