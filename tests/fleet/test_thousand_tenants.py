@@ -10,14 +10,14 @@ from collections.abc import Iterator
 from itertools import pairwise
 
 import pytest
+from external_oms.freshness import Freshness, Windows
+from external_oms.workers import Workers
 
 from external_oms.cache import Cache
 from external_oms.clock import SYSTEM_CLOCK
 from external_oms.config import Document, Reading
 from external_oms.errors import Unavailable
-from external_oms.freshness import Freshness, Windows
 from external_oms.stores.redis import RedisStore
-from external_oms.workers import Workers
 from tests.support.redis import RedisServer
 
 TENANTS = [f"tenant-{number}" for number in range(1000)]

@@ -20,9 +20,9 @@ from multiprocessing.context import SpawnProcess
 from typing import ClassVar, Protocol
 
 import pytest
+from external_oms.freshness import BUCKET_BURST
 
 from external_oms.config import Failure, Snapshot
-from external_oms.freshness import BUCKET_BURST
 from external_oms.stores.base import Busy, Cause, Event, Lease, Member, Metered, Record, Store
 from tests.support.clock import FakeClock
 

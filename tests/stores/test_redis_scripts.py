@@ -10,11 +10,11 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 import redis
+from external_oms.freshness import BUCKET_BURST, BUCKET_RATE_PER_SECOND, bucket_take
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from external_oms.config import Snapshot
-from external_oms.freshness import BUCKET_BURST, BUCKET_RATE_PER_SECOND, bucket_take
 from external_oms.stores import redis_scripts as scripts
 from external_oms.stores.base import Cause, Event, Lease, Member
 from external_oms.stores.redis import RedisStore
