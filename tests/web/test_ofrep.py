@@ -284,7 +284,7 @@ def test_a_request_that_knows_of_nothing_newer_does_not_wait(
 ) -> None:
     waited: list[object] = []
     changes = server.parts.service.cache.changes
-    monkeypatch.setattr(changes, "listen", waited.append)
+    monkeypatch.setattr(changes, "subscribe", waited.append)
     assert bulk(server, query=f"?flagConfigEtag=x&flagConfigLastModified={quote(modified)}").status_code == 200
     assert bulk(server, query="?flagConfigEtag=x").status_code == 200
     assert waited == []
