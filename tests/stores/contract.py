@@ -64,6 +64,7 @@ __all__ = [
     "race",
     "released",
     "try_lease",
+    "wait_until",
     "word",
 ]
 
@@ -278,6 +279,16 @@ def at_once(count: int, work: Callable[[int], object]) -> list[object]:
     for thread in threads:
         thread.join()
     return results
+
+
+def wait_until(condition: Callable[[], bool], *, seconds: float = DEADLINE_SECONDS) -> bool:
+    """Wait until the condition is true; return whether it came true in time."""
+    until = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() >= until:
+            return False
+        time.sleep(0.002)
+    return True
 
 
 # -- every store ------------------------------------------------------------------------------------------------------
@@ -821,12 +832,7 @@ class SharedStoreContract(StoreContract):
 
     def eventually(self, condition: Callable[[], bool]) -> bool:
         """Return whether the condition comes true within the bound of the store."""
-        until = time.monotonic() + self.visible_within_seconds
-        while not condition():
-            if time.monotonic() >= until:
-                return False
-            time.sleep(0.005)
-        return True
+        return wait_until(condition, seconds=self.visible_within_seconds)
 
     @pytest.fixture
     def other(self, store: Store, make_store: MakeStore) -> Store:
