@@ -9,8 +9,8 @@ from functools import partial
 import pytest
 
 from external_oms.stores.redis import RedisStore
-from tests.stores.contract import TENANT, MakeElsewhere, MakeStore, SharedStoreContract
 from tests.support.clock import FakeClock
+from tests.support.contract import TENANT, MakeElsewhere, MakeStore, SharedStoreContract
 from tests.support.redis import RedisServer
 from tests.support.waiting import wait_until
 

@@ -19,7 +19,7 @@ from external_oms.clock import SYSTEM_CLOCK
 from external_oms.config import Failure, Snapshot
 from external_oms.stores.base import Cause, Event, Lease, Member
 from external_oms.stores.redis import RedisStore
-from tests.stores.contract import in_a_fork
+from tests.support.contract import in_a_fork
 from tests.support.redis import RedisProxy, RedisServer
 from tests.support.waiting import wait_until
 
