@@ -140,17 +140,23 @@ class MemoryStore:
 
     def _append(self, event: Event) -> None:
         self._history.append(replace(event, id=next(self._ids)))
-        oldest = self._clock.wall() - self._history_seconds
+        oldest = self._oldest()
         while self._history and self._history[0].at.timestamp() < oldest:
             self._history.popleft()
+
+    def _oldest(self) -> float:
+        return self._clock.wall() - self._history_seconds
 
     def history(self, *, tenant: str | None = None, limit: int = 100, before: int | None = None) -> Sequence[Event]:
         """Return rows of history, newest first."""
         with self._lock:
+            oldest = self._oldest()
             rows = (
                 event
                 for event in reversed(self._history)
-                if (tenant is None or event.tenant == tenant) and (before is None or event.id < before)
+                if (tenant is None or event.tenant == tenant)
+                and (before is None or event.id < before)
+                and event.at.timestamp() >= oldest
             )
             return tuple(islice(rows, limit))
 
