@@ -43,7 +43,8 @@ MAX_TEXT = 10_000
 
 T = TypeVar("T")
 
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
+_UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]")
+"""Control characters, and halves of surrogate pairs, which JSON can name and UTF-8 cannot."""
 
 
 class MalformedError(ValueError):
@@ -75,7 +76,7 @@ def encode_entry(entry: Entry) -> str:
             "failure": failure
             and {
                 "kind": failure.kind,
-                "message": failure.message,
+                "message": _printable(failure.message),
                 "status": failure.status,
                 "count": failure.count,
                 "generation": failure.generation,
@@ -169,10 +170,10 @@ def encode_event(event: Event) -> str:
             "tenant": event.tenant,
             "cause": event.cause.value,
             "enabled": event.enabled,
-            "actor": event.actor,
-            "delivery_id": event.delivery_id,
+            "actor": _printable(event.actor),
+            "delivery_id": _printable(event.delivery_id),
             "latency_seconds": event.latency_seconds,
-            "detail": event.detail,
+            "detail": _printable(event.detail),
         }
     )
 
@@ -323,9 +324,14 @@ def _boolean(fields: Mapping[str, Any], name: str) -> bool:
 
 def _string(fields: Mapping[str, Any], name: str, default: Any = _REQUIRED) -> str:  # noqa: ANN401 - as `_get`
     found = _get(fields, name, default)
-    if not isinstance(found, str) or len(found) > MAX_TEXT or _CONTROL.search(found):
+    if not isinstance(found, str) or len(found) > MAX_TEXT or _UNPRINTABLE.search(found):
         raise MalformedError(f"{name} is not a text of at most {MAX_TEXT} printable characters")
     return found
+
+
+def _printable(text: str) -> str:
+    """Return the text as decoding accepts it: what we store must not count as damaged when it is loaded."""
+    return _UNPRINTABLE.sub("\ufffd", text[:MAX_TEXT])
 
 
 def _text_of(moment: datetime | None) -> str | None:
