@@ -21,6 +21,7 @@ from external_oms.records import Cause, Member
 from external_oms.stores import redis as redis_module
 from external_oms.stores.redis import RedisStore
 from external_oms.stores.redis_scripts import NO_VERSION, READ
+from tests.support.clock import FakeClock
 from tests.support.contract import (
     DEADLINE_SECONDS,
     TENANT,
@@ -35,7 +36,6 @@ from tests.support.contract import (
     try_lease,
     word,
 )
-from tests.support.clock import FakeClock
 from tests.support.redis import RedisServer
 from tests.support.waiting import wait_until
 
