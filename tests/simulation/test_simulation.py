@@ -7,10 +7,9 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 
-from tests.simulation.__main__ import broken, tell
 from tests.simulation.history import History, play
 from tests.simulation.mutants import MUTANTS, Mutant, seeds_to_kill
-from tests.simulation.shrink import shrink
+from tests.simulation.runs import broken, shrink, tell
 from tests.simulation.world import Choices
 
 HISTORIES = 400
