@@ -637,7 +637,8 @@ def _step(history: History, choices: Choices) -> None:
             history.deliver(choices.pick(living), tenant, None)
             for one in living:
                 history.evaluate(one, tenant)
-            world.run(choices.pick((0.0, 0.05, 0.3)), history.check)
+            world.run(choices.pick((0.0, 0.0, 0.05, 0.3)), history.check)
+            history.check()
     elif what == 31:
         api.flips.append((world.now, not api.value))
         api.value, api.lag, api.changed_at = not api.value, choices.pick((1.5, 10.0)), world.now

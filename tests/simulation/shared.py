@@ -245,7 +245,7 @@ class Handle:
             else:
                 self._adopt(tenant, row.version, change.entry)
                 server.publish(tenant, self)
-                if not server.healing and server.world.choices.chance(2):
+                if not server.healing and server.world.choices.chance(4):
                     server.on_fault()
                     raise StoreError("the answer of the simulated store was lost")
             return change.result

@@ -22,8 +22,8 @@ from external_oms.stores.base import DELIVERY_ID_SECONDS, Store
 from external_oms.stores.sqlite import READ_SECONDS, FairLock, SqliteStore, _Channel
 from external_oms.stores.sqlite_file import OpenFile, open_file
 from external_oms.stores.versions import VersionTable
-from tests.conftest import FakeClock
-from tests.stores.contract import (
+from tests.support.clock import FakeClock
+from tests.support.contract import (
     TENANT,
     MakeElsewhere,
     MakeStore,

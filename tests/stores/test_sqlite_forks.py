@@ -19,8 +19,8 @@ from external_oms.entry import Busy, Change, Entry, Granted, Moment
 from external_oms.errors import StoreBusy, StoreError
 from external_oms.stores import sqlite
 from external_oms.stores.sqlite import SqliteStore
-from tests.conftest import FakeClock
-from tests.stores.contract import TENANT, committed, in_a_fork, invalidated, leased, try_lease, wait_until, word
+from tests.support.clock import FakeClock
+from tests.support.contract import TENANT, committed, in_a_fork, invalidated, leased, try_lease, wait_until, word
 
 
 @pytest.fixture

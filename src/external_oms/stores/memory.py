@@ -82,8 +82,11 @@ class MemoryStore:
 
     def version_ref(self, tenant: str) -> tuple[Sequence[int], int]:
         """Return where the version word of a tenant stands."""
-        with self._lock:
-            return self._versions, self._index_of(tenant)
+        index = self._index.get(tenant)
+        if index is None:
+            with self._lock:
+                index = self._index_of(tenant)
+        return self._versions, index
 
     def _index_of(self, tenant: str) -> int:
         index = self._index.get(tenant)

@@ -43,7 +43,7 @@ from external_oms.entry import (
 )
 from external_oms.records import MEMBER_SECONDS, Cause, Event, Member
 from external_oms.stores.base import DELIVERY_ID_SECONDS, Store
-from tests.conftest import FakeClock
+from tests.support.clock import FakeClock
 
 __all__ = [
     "DEADLINE_SECONDS",
