@@ -257,9 +257,9 @@ def test_a_second_malformed_row_is_reported_again(
     store: SqliteStore, path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     invalidated(store)
-    for text in ("{", "[", "["):
+    for version in (1, 2, 2):
         with database(path) as connection:
-            connection.execute("UPDATE entries SET entry = ?", (text,))
+            connection.execute("UPDATE entries SET entry = '{', version = ?", (version,))
         store.load(TENANT)
     assert len(caplog.records) == 2
 

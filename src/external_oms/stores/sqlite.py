@@ -13,7 +13,6 @@ what follows. Writers of other processes are no such reason: they raise `StoreBu
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -284,7 +283,7 @@ class SqliteStore:
         self._open_at = float("-inf")
         self._inspect_at = float("-inf")
         self._problems: dict[str, str] = {}
-        self._malformed: dict[str, bytes] = {}
+        self._malformed: dict[str, object] = {}  # per storage key the version of a row that could not be decoded
         self._notice = ("", float("-inf"))
         self._begin()
         with suppress(OSError):  # where it cannot be looked at now, the first use says so
@@ -512,9 +511,8 @@ class SqliteStore:
                 raise MalformedError("a column has another type")  # noqa: TRY301 - one way for every malformed row
             entry = decode_entry(text)
         except MalformedError as error:
-            digest = hashlib.blake2b(repr(row).encode(), digest_size=8).digest()
-            if self._malformed.get(key) != digest:
-                self._malformed[key] = digest
+            if self._malformed.get(key) != version:
+                self._malformed[key] = version
                 logger.warning("the stored entry of %r cannot be decoded and counts as empty: %s", key, error)
             return 0, _EMPTY, False
         if self._malformed:
