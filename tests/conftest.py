@@ -1,42 +1,37 @@
-"""What all tests share: a clock that stands still until told, a clean environment, and the option --no-skips."""
+"""Fixtures that all tests share, a clean environment, and the report of what was not run."""
 
 from __future__ import annotations
 
+import fcntl
 import os
-from collections.abc import Generator
+import subprocess
+from collections import Counter
+from collections.abc import Generator, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from external_oms.settings import ENV_PREFIX
+from tests.support.clock import FakeClock
+from tests.support.redis import RedisServer
+from tests.support.requirements import require_chromium, require_node
+from tests.support.waiting import PATIENCE_SECONDS
 
-__all__ = ["FakeClock"]
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
 
+NODE = Path(__file__).parent / "support" / "node"
 
-class FakeClock:
-    """A clock that moves only by `advance`.
-
-    The monotonic start is no round number and not the wall's, so that a test in which the two are mixed up fails.
-    """
-
-    def __init__(self, monotonic: float = 5_000.25, wall: float = 1_780_000_000.0) -> None:
-        self._monotonic = monotonic
-        self._wall = wall
-
-    def monotonic(self) -> float:
-        return self._monotonic
-
-    def wall(self) -> float:
-        return self._wall
-
-    def advance(self, seconds: float) -> None:
-        """Let time pass on both clocks; a negative number is an error of the test."""
-        assert seconds >= 0, "a monotonic clock does not go back; use set_wall for the clock on the wall"
-        self._monotonic += seconds
-        self._wall += seconds
-
-    def set_wall(self, wall: float) -> None:
-        """Set the clock on the wall alone, as an administrator or NTP does."""
-        self._wall = wall
+BROWSER_OPTIONS = [  # a browser that calls nobody but the server under test
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 
 
 @pytest.fixture
@@ -46,18 +41,62 @@ def clock() -> FakeClock:
 
 @pytest.fixture(autouse=True)
 def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The developer's own EXTERNAL_OMS_… must not reach a test."""
+    """Keep the developer's own EXTERNAL_OMS_… out of the tests."""
     for name in [name for name in os.environ if name.startswith(ENV_PREFIX)]:
         monkeypatch.delenv(name)
 
 
+@pytest.fixture
+def redis_server(tmp_path: Path) -> Iterator[RedisServer]:
+    """A Redis of this test's own."""
+    with RedisServer(tmp_path) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")  # not longer: another module's tests in this process may want a Playwright of their own
+def browser() -> Iterator[Browser]:
+    """Chromium."""
+    chromium = require_chromium()
+    from playwright.sync_api import expect, sync_playwright
+
+    expect.set_options(timeout=1000 * PATIENCE_SECONDS)
+    with sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=chromium, args=BROWSER_OPTIONS)
+        yield opened
+        opened.close()
+
+
+@pytest.fixture(scope="session")
+def node() -> Path:
+    """The folder with OpenFeature's JavaScript clients, installed once as the lock file names them."""
+    require_node()
+    done, lock = NODE / "node_modules" / ".package-lock.json", NODE / "package-lock.json"
+    with (NODE / "package.json").open() as turn:
+        fcntl.flock(turn, fcntl.LOCK_EX)  # tests may run in several processes
+        if not done.exists() or done.stat().st_mtime < lock.stat().st_mtime:
+            install = ["npm", "ci", "--no-audit", "--no-fund", "--loglevel=error"]
+            ended = subprocess.run(install, cwd=NODE, capture_output=True, text=True, timeout=180, check=False)
+            if ended.returncode != 0:
+                pytest.skip(f"npm cannot install the clients: {ended.stderr[-500:]}")
+            done.touch()
+    return NODE
+
+
+# -- what was not run --------------------------------------------------------------------------------------------------
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--no-skips", action="store_true", help="a test that is skipped fails")
+    parser.addoption("--skips-to", metavar="FILE", help="append what was skipped, and why, to a file")
+
+
+def _reason(report: pytest.TestReport | pytest.CollectReport) -> str:
+    return report.longrepr[2].removeprefix("Skipped: ") if isinstance(report.longrepr, tuple) else str(report.longrepr)
 
 
 def _forbid_skip(report: pytest.TestReport | pytest.CollectReport) -> None:
     if report.skipped and not hasattr(report, "wasxfail"):
-        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        reason = _reason(report)
         report.outcome = "failed"
         report.longrepr = f"--no-skips: {report.nodeid}: {reason}"
 
@@ -78,3 +117,11 @@ def pytest_make_collect_report(
     if collector.config.getoption("--no-skips"):
         _forbid_skip(report)
     return report
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    file = config.getoption("--skips-to")
+    if file is not None and not hasattr(config, "workerinput"):  # of several processes, the one that knows all reports
+        reasons = Counter(_reason(report) for report in terminalreporter.stats.get("skipped", []))
+        with Path(file).open("a", encoding="utf-8") as out:
+            out.writelines(f"{count} {'test' if count == 1 else 'tests'} ({why})\n" for why, count in reasons.items())

@@ -1,4 +1,4 @@
-"""The heart under threads and tasks, with a source that does as told: one read, the fence, nobody waits in vain."""
+"""The cache under threads and tasks, with a source that does as told: one read, the fence, no needless wait."""
 
 from __future__ import annotations
 
@@ -9,26 +9,43 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
+from typing import TypeVar
 
 import pytest
 
 from external_oms.cache import Cache, Change, ChangeKind
 from external_oms.config import Document, Reading, parse_instant
-from external_oms.errors import NothingToServe, RateLimited, ReadError, TenantError, Unavailable
-from external_oms.flights import ReadEnd
-from external_oms.freshness import BUCKET_BURST, BUCKET_RATE_PER_SECOND, Freshness, Windows
-from external_oms.judgement import Answer, last_number
-from external_oms.judgement import Source as Origin
-from external_oms.stores.base import Acquired, Record
+from external_oms.entry import (
+    PACE_BURST,
+    PACE_SECONDS,
+    Entry,
+    Granted,
+    Invalidated,
+    Invalidation,
+    Transition,
+    begin_read,
+    last_token,
+    release,
+)
+from external_oms.errors import NothingToServe, RateLimited, ReadError, StoreError, TenantError, Unavailable
+from external_oms.policy import Evaluation, Freshness, Windows
+from external_oms.policy import Source as Origin
+from external_oms.singleflight import ReadEnd
+from external_oms.stores.fallback import Fallback
 from external_oms.stores.memory import MemoryStore
-from tests.conftest import FakeClock
-from tests.scripted import SOON, TENANT, WINDOWS, Hand, SkipClock, Source, eventually, make_cache
+from tests.support.clock import FakeClock, SkipClock
+from tests.support.scripted import SOON, TENANT, WINDOWS, Hand, Source, make_cache
+from tests.support.stores import FaultyStore
+from tests.support.waiting import wait_until
 
 CROWD = 50
+
+T = TypeVar("T")
 
 
 class Threaded:
@@ -47,6 +64,7 @@ class Threaded:
         timeout_seconds: float = 5.0,
         background: bool = False,
         store: MemoryStore | None = None,
+        max_waiters: int = 16,
     ) -> Cache:
         cache = make_cache(
             self.source,
@@ -56,6 +74,7 @@ class Threaded:
             timeout_seconds=timeout_seconds,
             background=background,
             store=store,
+            max_waiters=max_waiters,
         )
         self.made.append(cache)
         return cache
@@ -97,7 +116,7 @@ class Timed:
             self.source, clock, runner=self.hand, store=self.store, background=background, windows=windows
         )
         self.changes: list[Change] = []
-        self.cache.changes.listen(self.changes.append)
+        self.cache.changes.subscribe(self.changes.append)
 
 
 @pytest.fixture
@@ -105,8 +124,14 @@ def timed(clock: FakeClock) -> Timed:
     return Timed(clock)
 
 
-def value(answer: Answer) -> bool | None:
-    return answer.servable.enabled if answer.servable is not None else None
+def invalidate(cache: Cache, delivery_id: str | None = None) -> int:
+    result, shared = cache.invalidate(TENANT, Invalidation(delivery_id=delivery_id))
+    assert shared
+    return result.generation
+
+
+def value(evaluation: Evaluation) -> bool | None:
+    return evaluation.servable.enabled if evaluation.servable is not None else None
 
 
 # -- one read ------------------------------------------------------------------------------------------------------
@@ -116,7 +141,7 @@ class Crowd:
     """Fifty threads and fifty tasks that ask at once, and what they were told."""
 
     def __init__(self, cache: Cache) -> None:
-        self.answers: list[Answer] = []
+        self.evaluations: list[Evaluation] = []
         self._cache = cache
         self._ready = threading.Barrier(CROWD + 2)
         self._lock = threading.Lock()
@@ -142,25 +167,25 @@ class Crowd:
 
         asyncio.run(everybody())
 
-    def _tell(self, answer: Answer) -> None:
+    def _tell(self, evaluation: Evaluation) -> None:
         with self._lock:
-            self.answers.append(answer)
+            self.evaluations.append(evaluation)
 
-    def wait(self, seconds: float = SOON) -> list[Answer]:
+    def wait(self, seconds: float = SOON) -> list[Evaluation]:
         until = time.monotonic() + seconds
         for thread in self._threads:
             thread.join(max(0.0, until - time.monotonic()))
-        assert len(self.answers) == 2 * CROWD, "somebody was left waiting"
-        return self.answers
+        assert len(self.evaluations) == 2 * CROWD, "somebody was left waiting"
+        return self.evaluations
 
 
 def test_a_crowd_on_a_cold_cache_causes_one_read_and_all_get_its_value(threaded: Threaded) -> None:
     threaded.hold()
     crowd = Crowd(threaded.make())
     threaded.source.held().answer(True)
-    answers = crowd.wait()
-    assert [value(answer) for answer in answers] == [True] * 2 * CROWD
-    assert {answer.freshness for answer in answers} == {Freshness.FRESH}
+    evaluations = crowd.wait()
+    assert [value(evaluation) for evaluation in evaluations] == [True] * 2 * CROWD
+    assert {evaluation.freshness for evaluation in evaluations} == {Freshness.FRESH}
     assert len(threaded.source.reads) == 1
 
 
@@ -169,10 +194,10 @@ def test_a_crowd_shares_one_failure(threaded: Threaded) -> None:
     threaded.hold()
     crowd = Crowd(cache)
     threaded.source.held().answer(Unavailable("500", status=500))
-    answers = crowd.wait()
-    assert [value(answer) for answer in answers] == [None] * 2 * CROWD
+    evaluations = crowd.wait()
+    assert [value(evaluation) for evaluation in evaluations] == [None] * 2 * CROWD
     assert len(threaded.source.reads) == 1
-    failure = cache.failure(answers[0])
+    failure = cache.failure(evaluations[0])
     assert isinstance(failure, NothingToServe)
     assert isinstance(failure.failure, Unavailable)
     assert failure.failure.status == 500
@@ -182,11 +207,11 @@ def test_a_crowd_before_a_read_that_hangs_is_let_go_at_its_deadline(threaded: Th
     cache = threaded.make(timeout_seconds=0.2)
     threaded.hold()
     began = time.monotonic()
-    answers = Crowd(cache).wait(3.0)
+    evaluations = Crowd(cache).wait(3.0)
     assert time.monotonic() - began < 2.0
-    assert [value(answer) for answer in answers] == [None] * 2 * CROWD
+    assert [value(evaluation) for evaluation in evaluations] == [None] * 2 * CROWD
     assert len(threaded.source.reads) == 1
-    assert cache.failure(answers[0]).failure is None, "no read has ended: there is no failure to name"
+    assert cache.failure(evaluations[0]).failure is None, "no read has ended: there is no failure to name"
 
 
 def test_who_waits_in_vain_is_served_what_may_be_served_while_reads_fail(threaded: Threaded) -> None:
@@ -194,10 +219,10 @@ def test_who_waits_in_vain_is_served_what_may_be_served_while_reads_fail(threade
     cache.lookup(TENANT)
     threaded.hold()
     threaded.clock.skip(100.0)
-    answer = cache.lookup(TENANT)
-    assert (value(answer), answer.freshness) == (True, Freshness.STALE)
-    answer = asyncio.run(cache.lookup_async(TENANT))
-    assert (value(answer), answer.freshness) == (True, Freshness.STALE)
+    evaluation = cache.lookup(TENANT)
+    assert (value(evaluation), evaluation.freshness) == (True, Freshness.STALE)
+    evaluation = asyncio.run(cache.lookup_async(TENANT))
+    assert (value(evaluation), evaluation.freshness) == (True, Freshness.STALE)
     threaded.clock.skip(3600.0)
     assert value(cache.lookup(TENANT)) is None
     assert value(asyncio.run(cache.lookup_async(TENANT))) is None
@@ -208,7 +233,7 @@ def test_whoever_read_gets_the_value_as_read_for_this_very_call_and_the_next_as_
     cache = threaded.make()
     first, second = cache.lookup(TENANT), cache.lookup(TENANT)
     assert (first.source, second.source) == (Origin.API, Origin.MEMORY)
-    cache.invalidate(TENANT)
+    invalidate(cache)
     threaded.clock.skip(31.0)
     assert asyncio.run(cache.lookup_async(TENANT)).source is Origin.API
 
@@ -219,16 +244,16 @@ def test_a_defect_of_the_store_ends_the_flight_for_all_who_wait_and_the_next_one
     class Failing(MemoryStore):
         broken = True
 
-        def acquire(self, tenant: str, *, seconds: float, metered: bool) -> Acquired:
+        def transact(self, tenant: str, transition: Transition[T], *, delivery_ids: Sequence[str] = ()) -> T:
             if self.broken:
                 raise ZeroDivisionError
-            return super().acquire(tenant, seconds=seconds, metered=metered)
+            return super().transact(tenant, transition, delivery_ids=delivery_ids)
 
     store = Failing(clock=threaded.clock)
     cache = threaded.make(store=store)
     began = time.monotonic()
     assert value(cache.lookup(TENANT)) is None
-    with pytest.raises(Unavailable, match="defect"):
+    with pytest.raises(Unavailable, match="bug"):
         cache.refresh(TENANT)
     assert time.monotonic() - began < 3.0
     assert "ZeroDivisionError" in caplog.text
@@ -244,14 +269,14 @@ def test_with_a_servable_value_nobody_waits_for_the_read(threaded: Threaded, sec
     cache = threaded.make()
     cache.lookup(TENANT)
     threaded.clock.skip(seconds)
-    cache.invalidate(TENANT)
+    invalidate(cache)
     threaded.hold()
-    answers = [cache.lookup(TENANT) for _ in range(200)]
+    evaluations = [cache.lookup(TENANT) for _ in range(200)]
     held = threaded.source.held()  # all came back before it was answered
-    assert {(value(answer), answer.freshness) for answer in answers} == {(True, Freshness.STALE)}
+    assert {(value(evaluation), evaluation.freshness) for evaluation in evaluations} == {(True, Freshness.STALE)}
     assert len(threaded.source.reads) == 2
     held.answer(False)
-    assert eventually(lambda: value(cache.lookup(TENANT)) is False)
+    wait_until(lambda: value(cache.lookup(TENANT)) is False)
 
 
 def test_an_async_evaluation_that_waits_leaves_the_loop_to_others(threaded: Threaded) -> None:
@@ -291,7 +316,7 @@ def test_a_cancelled_waiter_cancels_nobody_else(threaded: Threaded) -> None:
             with pytest.raises(TimeoutError):
                 await asyncio.wait_for(cache.lookup_async(TENANT), 0.01)
             threaded.source.held().answer(True)
-            assert [value(answer) for answer in await asyncio.gather(tasks[0], tasks[2])] == [True, True]
+            assert [value(evaluation) for evaluation in await asyncio.gather(tasks[0], tasks[2])] == [True, True]
 
         asyncio.run(story())
         assert value(in_thread.result(SOON)) is True
@@ -310,7 +335,7 @@ def test_a_read_that_outlasts_the_loop_of_its_waiter_ends_quietly(
     with pytest.raises(TimeoutError):
         asyncio.run(gives_up())
     threaded.source.held().answer(True)
-    assert eventually(lambda: value(cache.peek(TENANT)) is True)
+    wait_until(lambda: value(cache.peek(TENANT)) is True)
     gc.collect()
     assert caplog.records == []
 
@@ -360,21 +385,26 @@ def test_a_read_that_answers_the_old_value_after_an_invalidation_is_read_again_a
 ) -> None:
     cache = threaded.make()
     fresh: list[bool | None] = []
-    cache.changes.listen(
-        lambda change: fresh.append(value(change.answer)) if change.answer.freshness is Freshness.FRESH else None
+    cache.changes.subscribe(
+        lambda change: (
+            fresh.append(value(change.evaluation)) if change.evaluation.freshness is Freshness.FRESH else None
+        )
     )
     threaded.hold()
     with ThreadPoolExecutor(2) as pool:
         before = pool.submit(cache.lookup, TENANT)
         old = threaded.source.held()
-        cache.invalidate(TENANT)
+        invalidate(cache)
         after = pool.submit(cache.lookup, TENANT)
+        slot = cache._states[TENANT]
+        wait_until(lambda: slot.next_flight is not None)
         old.answer(False)
         threaded.source.held().answer(True)
         assert value(after.result(SOON)) is True
-        assert value(before.result(SOON)) is True
+        overtaken = before.result(SOON)
+        assert (value(overtaken), overtaken.freshness) in {(False, Freshness.STALE), (True, Freshness.FRESH)}
     assert False not in fresh
-    assert cache.peek(TENANT).record.snapshot is not None
+    assert cache.peek(TENANT).entry.snapshot is not None
     assert len(threaded.source.reads) == 2
 
 
@@ -383,14 +413,14 @@ def test_a_stale_value_is_never_called_fresh_between_an_invalidation_and_its_rea
     cache.lookup(TENANT)
     for flip in (False, True) * 3:
         threaded.hold()
-        generation = cache.invalidate(TENANT)
-        answer = cache.lookup(TENANT)
-        assert answer.freshness is Freshness.STALE
+        generation = invalidate(cache)
+        evaluation = cache.lookup(TENANT)
+        assert evaluation.freshness is Freshness.STALE
         threaded.source.held().answer(flip)
-        assert eventually(lambda: cache.lookup(TENANT).freshness is Freshness.FRESH)
-        answer = cache.lookup(TENANT)
-        assert value(answer) is flip
-        assert answer.record.generation == generation
+        wait_until(lambda: cache.lookup(TENANT).freshness is Freshness.FRESH)
+        evaluation = cache.lookup(TENANT)
+        assert value(evaluation) is flip
+        assert evaluation.entry.generation == generation
         threaded.clock.skip(2.0)
 
 
@@ -401,15 +431,15 @@ def test_a_forced_refresh_never_joins_an_older_read(threaded: Threaded) -> None:
         waiting = pool.submit(cache.lookup, TENANT)
         older = threaded.source.held()
         forced = [pool.submit(cache.refresh, TENANT) for _ in range(2)]
-        lane = cache._flights._lanes[TENANT]
-        assert eventually(lambda: lane.following is not None)
+        slot = cache._states[TENANT]
+        wait_until(lambda: slot.next_flight is not None)
         older.answer(False)
         assert value(waiting.result(SOON)) is False
         assert not forced[0].done()
         threaded.source.held().answer(True)
-        answers = [future.result(SOON) for future in forced]
-    assert [value(answer) for answer in answers] == [True, True]
-    assert {answer.source for answer in answers} == {Origin.API}
+        evaluations = [future.result(SOON) for future in forced]
+    assert [value(evaluation) for evaluation in evaluations] == [True, True]
+    assert {evaluation.source for evaluation in evaluations} == {Origin.API}
 
 
 def test_a_refresh_that_fails_says_so_and_leaves_what_is_served_as_it_was(threaded: Threaded) -> None:
@@ -418,8 +448,8 @@ def test_a_refresh_that_fails_says_so_and_leaves_what_is_served_as_it_was(thread
     threaded.source.says = Unavailable("down", status=502)
     with pytest.raises(Unavailable, match="down"):
         cache.refresh(TENANT)
-    answer = cache.lookup(TENANT)
-    assert (value(answer), answer.freshness) == (True, Freshness.FRESH)
+    evaluation = cache.lookup(TENANT)
+    assert (value(evaluation), evaluation.freshness) == (True, Freshness.FRESH)
     assert cache.state(TENANT).last_error == "down"
 
 
@@ -446,30 +476,30 @@ def test_threads_that_evaluate_while_others_announce_never_see_a_value_go_back_n
         return Reading(Document(enabled=True), f'"{truth[0]}"')
 
     def listen(change: Change) -> None:
-        record = change.answer.record
-        told.append((record.generation, record.snapshot.read_number if record.snapshot else 0))
+        entry = change.evaluation.entry
+        told.append((entry.generation, entry.snapshot.token if entry.snapshot else 0))
 
     def evaluate() -> None:
         while not stop.is_set():
             least = announced[0]
-            answer = cache.lookup(TENANT)
-            etag = answer.record.snapshot.etag if answer.record.snapshot is not None else None
-            if answer.freshness is Freshness.FRESH and etag is not None and int(etag.strip('"')) < least:
+            evaluation = cache.lookup(TENANT)
+            etag = evaluation.entry.snapshot.etag if evaluation.entry.snapshot is not None else None
+            if evaluation.freshness is Freshness.FRESH and etag is not None and int(etag.strip('"')) < least:
                 wrong.append(f"{etag} was called fresh after {least} had been announced")
 
     def announce() -> None:
         while not stop.is_set():
             truth[0] += 1
-            cache.invalidate(TENANT)
+            invalidate(cache)
             announced[0] = truth[0]
             threaded.clock.skip(1.0)
 
-    cache._flights._source = count
-    cache.changes.listen(listen)
+    cache._reader._source = count
+    cache.changes.subscribe(listen)
     threads = [threading.Thread(target=job, daemon=True) for job in (evaluate, evaluate, evaluate, announce)]
     for thread in threads:
         thread.start()
-    assert eventually(lambda: announced[0] >= 300 or bool(wrong))
+    wait_until(lambda: announced[0] >= 300 or bool(wrong))
     stop.set()
     for thread in threads:
         thread.join(SOON)
@@ -486,33 +516,105 @@ def test_a_storm_of_deliveries_costs_a_burst_and_then_a_read_a_second_and_none_i
     before = len(timed.source.reads)
     seconds = 20
     for number in range(seconds * 100):
-        assert timed.cache.deliver(TENANT, f"delivery-{number}", seconds=60.0) == number + 1
+        assert invalidate(timed.cache, f"delivery-{number}") == number + 1
         assert timed.cache.lookup(TENANT).freshness is not Freshness.EXPIRED
         timed.hand.advance(0.01)
-    assert len(timed.source.reads) - before <= BUCKET_BURST + BUCKET_RATE_PER_SECOND * seconds + 1
+    assert len(timed.source.reads) - before <= PACE_BURST + seconds / PACE_SECONDS + 1
     timed.source.says = False
-    timed.cache.deliver(TENANT, "the last", seconds=60.0)
+    invalidate(timed.cache, "the last")
     timed.hand.advance(1.1)
-    answer = timed.cache.lookup(TENANT)
-    assert (value(answer), answer.freshness) == (False, Freshness.FRESH)
-    assert answer.record.snapshot is not None
-    assert answer.record.snapshot.generation == seconds * 100 + 1
+    evaluation = timed.cache.lookup(TENANT)
+    assert (value(evaluation), evaluation.freshness) == (False, Freshness.FRESH)
+    assert evaluation.entry.snapshot is not None
+    assert evaluation.entry.snapshot.generation == seconds * 100 + 1
+
+
+def test_a_storm_in_which_every_read_is_overtaken_moves_the_value_forward_and_blocks_no_evaluation(
+    threaded: Threaded,
+) -> None:
+    cache = threaded.make(background=True, windows=replace(WINDOWS, stale_while_revalidate_seconds=5.0))
+    cache.lookup(TENANT)
+    threaded.hold()
+    for number in range(12):
+        invalidate(cache)
+        read = threaded.source.held()
+        threaded.clock.skip(1.0)
+        invalidate(cache)  # it overtakes the read that is under way
+        read.answer(number % 2 == 0)
+        wait_until(lambda: value(cache.lookup(TENANT)) is (number % 2 == 0))  # noqa: B023 - called at once
+        assert cache.lookup(TENANT).freshness is Freshness.STALE
+        threaded.source.held().answer(number % 2 == 0)
+        threaded.clock.skip(1.0)
+
+
+def test_two_invalidations_before_a_read_leave_the_value_servable(timed: Timed) -> None:
+    timed.cache.start()
+    timed.hand.advance(1.0)
+    timed.hand.advance(24.0)
+    timed.source.says = Unavailable("down")
+    for _ in range(2):
+        invalidate(timed.cache)
+        timed.hand.advance(0.5)
+        assert timed.cache.lookup(TENANT).freshness is Freshness.STALE
 
 
 def test_a_delivery_that_comes_twice_counts_once(timed: Timed) -> None:
-    assert timed.cache.deliver(TENANT, "one", seconds=60.0) == 1
-    reads = len(timed.source.reads)
-    assert timed.cache.deliver(TENANT, "one", seconds=60.0) is None
-    timed.hand.advance(0.5)
-    assert timed.cache.peek(TENANT).record.generation == 1
-    assert len(timed.source.reads) <= reads + 1
+    timed.cache.lookup(TENANT)
+    assert timed.cache.invalidate(TENANT, Invalidation(delivery_id="one")) == (Invalidated(1), True)
+    reads, changes = len(timed.source.reads), len(timed.changes)
+    assert timed.cache.invalidate(TENANT, Invalidation(delivery_id="one")) == (Invalidated(1, duplicate=True), True)
+    assert timed.cache.peek(TENANT).entry.generation == 1
+    assert (len(timed.source.reads), len(timed.changes)) == (reads, changes)
+
+
+def test_invalidations_that_arrive_while_one_is_under_way_become_one_transition(threaded: Threaded) -> None:
+    class Slow(MemoryStore):
+        begun, go_on = threading.Event(), threading.Event()
+        batches: list[int] = []  # noqa: RUF012 - of this test alone
+
+        def invalidate(self, tenant: str, requests: Sequence[Invalidation]) -> tuple[tuple[Invalidated, ...], bool]:
+            self.batches.append(len(requests))
+            self.begun.set()
+            assert self.go_on.wait(SOON)
+            return super().invalidate(tenant, requests)
+
+    store = Slow(clock=threaded.clock)
+    cache = threaded.make(store=store)
+    with ThreadPoolExecutor(21) as pool:
+        first = pool.submit(invalidate, cache, "first")
+        assert store.begun.wait(SOON)
+        others = [pool.submit(invalidate, cache, f"id-{number % 10}") for number in range(20)]
+        state = cache._states[TENANT]
+        wait_until(lambda: state.next_batch is not None and len(state.next_batch.requests) == 20)
+        store.go_on.set()
+        assert first.result(SOON) == 1
+        assert {future.result(SOON) for future in others} == {11}, "ten of them came twice"
+    assert store.batches == [1, 20]
+
+
+def test_an_invalidation_that_fails_is_raised_to_all_of_its_batch_and_the_next_one_works(threaded: Threaded) -> None:
+    class Failing(MemoryStore):
+        fault: Exception | None = StoreError("down")
+
+        def invalidate(self, tenant: str, requests: Sequence[Invalidation]) -> tuple[tuple[Invalidated, ...], bool]:
+            if self.fault is not None:
+                raise self.fault
+            return super().invalidate(tenant, requests)
+
+    store = Failing(clock=threaded.clock)
+    cache = threaded.make(store=store)
+    for _ in range(2):
+        with pytest.raises(StoreError, match="down"):
+            invalidate(cache)
+    store.fault = None
+    assert invalidate(cache) == 1
 
 
 def test_while_a_value_settles_looks_are_short_and_grow(timed: Timed) -> None:
     timed.cache.start()
     timed.hand.advance(10.0)
     timed.source.at.clear()
-    timed.cache.invalidate(TENANT)
+    invalidate(timed.cache)
     began = timed.clock.monotonic()
     timed.hand.advance(120.0)
     looks = [at - began for at in timed.source.at]
@@ -528,19 +630,19 @@ def test_a_steady_service_never_serves_a_stale_value_and_reads_once_a_lifetime(t
         timed.hand.advance(1.0)
         assert timed.cache.lookup(TENANT).freshness is Freshness.FRESH
     assert len(timed.source.reads) <= 600 / 29 + 1
-    assert len(timed.hand.due) <= 2, "due times pile up"
+    assert len(timed.hand._due) <= 2, "due times pile up"
 
 
 def test_without_a_background_only_evaluations_cause_reads(clock: FakeClock) -> None:
     timed = Timed(clock, background=False)
     timed.cache.start()
-    timed.cache.invalidate(TENANT)
+    invalidate(timed.cache)
     timed.hand.advance(100.0)
     assert timed.source.reads == []
     timed.cache.lookup(TENANT)
     timed.hand.advance(1000.0)
     assert len(timed.source.reads) == 1
-    assert timed.hand.due == []
+    assert not timed.hand._due
 
 
 def test_a_wait_that_the_api_asks_for_is_obeyed_by_everybody_and_slept_on_by_nobody(timed: Timed) -> None:
@@ -553,8 +655,8 @@ def test_a_wait_that_the_api_asks_for_is_obeyed_by_everybody_and_slept_on_by_nob
         timed.hand.advance(1.0)
         timed.cache.lookup(TENANT)
         asyncio.run(timed.cache.lookup_async(TENANT))
-        generation = timed.cache.invalidate(TENANT)
-        assert timed.cache.validate(TENANT, generation) is None
+        generation = invalidate(timed.cache)
+        assert timed.cache.wait_for_generation(TENANT, generation) is None
         with pytest.raises(RateLimited) as raised:
             timed.cache.refresh(TENANT)
         assert raised.value.retry_after_seconds is not None
@@ -570,12 +672,12 @@ def test_a_wait_that_the_api_asks_of_a_read_that_was_overtaken_is_obeyed_too(thr
     cache = threaded.make()
     cache.lookup(TENANT)
     threaded.hold()
-    cache.invalidate(TENANT)
+    invalidate(cache)
     cache.lookup(TENANT)
     overtaken = threaded.source.held()
-    cache.invalidate(TENANT)
+    invalidate(cache)
     overtaken.answer(RateLimited("429", status=429, retry_after_seconds=60.0))
-    assert eventually(lambda: cache.state(TENANT).failures == 1)
+    wait_until(lambda: cache.state(TENANT).failures == 1)
     for _ in range(10):
         cache.lookup(TENANT)
         with pytest.raises(RateLimited):
@@ -597,8 +699,8 @@ def test_failures_back_off_and_a_dead_api_is_not_asked_more_than_a_living_one(ti
     assert len(timed.source.at) <= 3600 / 15 + 10
     timed.source.says = False
     timed.hand.advance(31.0)
-    answer = timed.cache.lookup(TENANT)
-    assert (value(answer), answer.freshness, answer.record.failure) == (False, Freshness.FRESH, None)
+    evaluation = timed.cache.lookup(TENANT)
+    assert (value(evaluation), evaluation.freshness, evaluation.entry.failure) == (False, Freshness.FRESH, None)
 
 
 def test_replicas_that_lag_at_the_end_of_a_lifetime_are_not_asked_read_upon_read(timed: Timed) -> None:
@@ -616,22 +718,33 @@ def test_replicas_that_lag_at_the_end_of_a_lifetime_are_not_asked_read_upon_read
     assert timed.cache.state(TENANT).last_error is not None
 
 
-def test_after_a_bucket_is_empty_one_caller_waits_for_the_read_and_the_others_come_back_at_once(
+def test_of_many_who_wait_for_a_generation_as_many_wait_as_may_and_the_others_come_back_at_once(
     threaded: Threaded,
 ) -> None:
-    cache = threaded.make()
+    cache = threaded.make(max_waiters=2)
     cache.lookup(TENANT)
-    for _ in range(BUCKET_BURST):
-        generation = cache.invalidate(TENANT)
-        assert cache.validate(TENANT, generation) is not None
-    generation = cache.invalidate(TENANT)
-    began = time.monotonic()
+    threaded.hold()
+    generation = invalidate(cache)
     with ThreadPoolExecutor(10) as pool:
-        answers = list(pool.map(lambda _: cache.validate(TENANT, generation), range(10)))
-    assert time.monotonic() - began < 3.0
-    patient = [answer for answer in answers if answer is not None]
-    assert len(patient) <= 1
-    assert eventually(lambda: cache.peek(TENANT).freshness is Freshness.FRESH), "the read follows by itself"
+        futures = [pool.submit(cache.wait_for_generation, TENANT, generation) for _ in range(10)]
+        held = threaded.source.held()
+        wait_until(lambda: sum(future.done() for future in futures) == 8)
+        assert {future.result(SOON) for future in futures if future.done()} == {None}
+        held.answer(False)
+        waited = [evaluation for future in futures if (evaluation := future.result(SOON)) is not None]
+    assert [value(evaluation) for evaluation in waited] == [False, False]
+    assert len(threaded.source.reads) == 2
+    assert cache._states[TENANT].waiters == 0
+
+
+def test_a_generation_that_is_not_reached_is_waited_for_no_longer_than_one_read(timed: Timed) -> None:
+    timed.cache.lookup(TENANT)
+    began = timed.clock.monotonic()
+    timed.store.transact(TENANT, partial(begin_read, holder="another", lease_seconds=7.0, newer_than=1, forced=True))
+    timed.store.is_gone = lambda holder: False  # type: ignore[method-assign]  # the other one lives
+    generation = invalidate(timed.cache)
+    assert timed.cache.wait_for_generation(TENANT, generation) is None
+    assert 5.0 <= timed.clock.monotonic() - began <= 6.0
 
 
 # -- who is told ---------------------------------------------------------------------------------------------------
@@ -653,7 +766,7 @@ def test_listeners_hear_of_a_value_only_where_it_changed(timed: Timed) -> None:
     timed.source.says = True
     timed.cache.refresh(TENANT)
     assert timed.changes[-1].kind is ChangeKind.VALUE
-    assert value(timed.changes[-1].answer) is True
+    assert value(timed.changes[-1].evaluation) is True
 
 
 def test_listeners_hear_when_age_alone_makes_a_value_worth_less_and_once_each(clock: FakeClock) -> None:
@@ -664,7 +777,7 @@ def test_listeners_hear_when_age_alone_makes_a_value_worth_less_and_once_each(cl
         timed.hand.advance(1.0)
         timed.cache.peek(TENANT)
         timed.cache.peek(TENANT)
-    assert [change.answer.freshness for change in timed.changes] == [Freshness.STALE, Freshness.EXPIRED]
+    assert [change.evaluation.freshness for change in timed.changes] == [Freshness.STALE, Freshness.EXPIRED]
 
 
 def test_a_listener_may_ask_and_change_what_it_is_told_of(timed: Timed) -> None:
@@ -673,13 +786,13 @@ def test_a_listener_may_ask_and_change_what_it_is_told_of(timed: Timed) -> None:
     def listener(change: Change) -> None:
         depth.append(timed.cache.lookup(change.tenant).freshness)
         if len(depth) == 1:
-            timed.cache.invalidate(change.tenant)
+            invalidate(timed.cache)
 
-    timed.cache.changes.listen(listener)
+    timed.cache.changes.subscribe(listener)
     timed.cache.start()
     timed.hand.advance(5.0)
     assert timed.cache.peek(TENANT).freshness is Freshness.FRESH
-    assert timed.cache.peek(TENANT).record.generation == 1
+    assert timed.cache.peek(TENANT).entry.generation == 1
 
 
 def test_a_thread_that_loaded_earlier_and_comes_back_later_turns_nothing_back(threaded: Threaded) -> None:
@@ -687,25 +800,25 @@ def test_a_thread_that_loaded_earlier_and_comes_back_later_turns_nothing_back(th
         slow: threading.Thread | None = None
         loaded, go_on = threading.Event(), threading.Event()
 
-        def load(self, tenant: str) -> Record:
-            record = super().load(tenant)
+        def load(self, tenant: str) -> Entry:
+            entry = super().load(tenant)
             if threading.current_thread() is self.slow:
                 self.loaded.set()
                 assert self.go_on.wait(SOON)
-            return record
+            return entry
 
     store = Slow(clock=threaded.clock)
     cache = threaded.make(store=store)
     cache.lookup(TENANT)
     told: list[tuple[int, bool | None]] = []
-    cache.changes.listen(lambda change: told.append((last_number(change.answer.record), value(change.answer))))
+    cache.changes.subscribe(lambda change: told.append((last_token(change.evaluation.entry), value(change.evaluation))))
     store.slow = threading.Thread(target=cache.peek, args=(TENANT,), daemon=True)
-    store.invalidate(TENANT)
+    store.invalidate(TENANT, [Invalidation()])
     store.slow.start()
     assert store.loaded.wait(SOON)
     threaded.source.says = False
     cache.refresh(TENANT)
-    assert eventually(lambda: bool(told) and told[-1] == (2, False))
+    wait_until(lambda: bool(told) and told[-1] == (2, False))
     before = list(told)
     store.go_on.set()
     store.slow.join(SOON)
@@ -738,42 +851,84 @@ def test_the_state_never_waits_and_starts_no_read(timed: Timed) -> None:
 
 
 def test_a_change_by_another_process_is_heard_by_the_poll(clock: FakeClock) -> None:
-    """As with a shared store: it says who changed when asked, and wakes whoever attached."""
-
-    class Shared(MemoryStore):
-        def __init__(self) -> None:
-            super().__init__(clock=clock)
-            self.news: list[str] = []
-
-        def changed(self) -> list[str]:
-            news, self.news = self.news, []
-            return news
-
-    store, hand, source = Shared(), Hand(clock), Source(clock)
-    polls: list[Callable[[], None]] = []
-
-    cache = Cache(
-        tenants=[TENANT],
-        store=store,
-        source=source,
-        windows=WINDOWS,
-        timeout_seconds=5.0,
-        clock=clock,
-        random=lambda: 0.5,
-        background=True,
-        runner=lambda poll, _seconds: (polls.append(poll), hand)[1],  # type: ignore[func-returns-value]  # both in one
-    )
+    shared, hand, source = FaultyStore(clock), Hand(clock), Source(clock)
+    cache = make_cache(source, clock, runner=hand, store=Fallback(shared, clock=clock, random=lambda: 0.5))
     cache.start()
     hand.advance(1.0)
+    hand.wake()
     told: list[Change] = []
-    cache.changes.listen(told.append)
-    store.invalidate(TENANT)
-    store.news = ["somebody else's", TENANT]
-    polls[0]()
-    assert [change.answer.freshness for change in told] == [Freshness.STALE]
+    cache.changes.subscribe(told.append)
+    shared.data.invalidate(TENANT, [Invalidation()])
+    shared.data.invalidate("somebody else's", [Invalidation()])
+    hand.wake()
+    assert [change.evaluation.freshness for change in told] == [Freshness.STALE]
     source.says = False
     hand.advance(0.0)
     assert value(cache.peek(TENANT)) is False
+
+
+def test_a_value_that_another_process_read_comes_from_the_store(clock: FakeClock) -> None:
+    shared, source = FaultyStore(clock), Source(clock)
+    other = make_cache(
+        source,
+        clock,
+        runner=Hand(clock),
+        store=Fallback(FaultyStore(clock, data=shared.data, holder="them"), clock=clock, random=lambda: 0.5),
+    )
+    cache = make_cache(source, clock, runner=Hand(clock), store=Fallback(shared, clock=clock, random=lambda: 0.5))
+    assert other.lookup(TENANT).source is Origin.API
+    assert cache.lookup(TENANT).source is Origin.STORE
+    assert other.lookup(TENANT).source is Origin.MEMORY
+    assert len(source.reads) == 1
+
+
+def test_a_flight_that_waits_for_the_lease_of_another_process_goes_on_when_the_poll_hears_of_its_end(
+    clock: FakeClock,
+) -> None:
+    shared, hand, source = FaultyStore(clock), Hand(clock), Source(clock)
+    cache = make_cache(source, clock, runner=hand, store=Fallback(shared, clock=clock, random=lambda: 0.5))
+    begin = partial(begin_read, holder="them", lease_seconds=7.0, newer_than=0)
+    outcome = shared.data.transact(TENANT, begin)
+    assert isinstance(outcome, Granted)
+    cache.start()
+    hand.advance(1.0)
+    assert source.reads == []
+    shared.data.transact(TENANT, partial(release, lease=outcome.lease))
+    hand.wake()
+    assert source.reads == [TENANT], "at once, and not after the pause"
+
+
+# -- when reads fail and an answer is configured ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("background", "waits_after_failure", "waits"),
+    [(True, False, False), (False, False, False), (False, True, True)],
+    ids=["background", "lazy, with an answer for it", "lazy, without one"],
+)
+def test_with_nothing_to_serve_and_a_known_failure_only_a_lazy_cache_without_an_answer_waits(
+    clock: FakeClock, background: bool, waits_after_failure: bool, waits: bool
+) -> None:
+    source, hand = Source(clock), Hand(clock)
+    cache = make_cache(source, clock, runner=hand, background=background, waits_after_failure=waits_after_failure)
+    source.says = Unavailable("down")
+    assert value(cache.lookup(TENANT)) is None
+    source.says = True
+    clock.advance(60.0)  # the back-off is over, and no thread has run
+    assert value(cache.lookup(TENANT)) is (True if waits else None)
+
+
+def test_an_outage_with_nothing_to_serve_blocks_no_evaluation_after_the_first(threaded: Threaded) -> None:
+    cache = threaded.make(background=True)
+    threaded.source.says = Unavailable("down")
+    cache.lookup(TENANT)
+    threaded.hold()
+    for _ in range(20):
+        threaded.clock.skip(2.0)
+        for _ in range(20):
+            evaluation = cache.lookup(TENANT)
+            assert evaluation.servable is None
+            assert evaluation.entry.failure is not None
 
 
 # -- beginning and end ---------------------------------------------------------------------------------------------
@@ -784,11 +939,11 @@ def test_warming_reads_every_tenant_once_and_waits_no_longer_than_one_read(threa
     threaded.hold("dead", "failing")
     threading.Thread(target=lambda: threaded.source.held("failing").answer(Unavailable("down")), daemon=True).start()
     began = time.monotonic()
-    answers = cache.warm()
+    evaluations = cache.warm()
     assert time.monotonic() - began < 2.0
-    assert [value(answer) for answer in answers] == [None, True, None]
+    assert [value(evaluation) for evaluation in evaluations] == [None, True, None]
     assert sorted(threaded.source.reads) == ["alive", "dead", "failing"]
-    assert [value(answer) for answer in cache.warm()] == [None, True, None]
+    assert [value(evaluation) for evaluation in cache.warm()] == [None, True, None]
     assert threaded.source.reads.count("alive") == 1
 
 
@@ -799,9 +954,9 @@ def test_closing_lets_every_waiter_go_at_once_and_leaves_no_thread(threaded: Thr
     held = threaded.source.held()
     began = time.monotonic()
     cache.close(1.0, abort=lambda: held.answer(Unavailable("broken off")))
-    answers = crowd.wait(5.0)
+    evaluations = crowd.wait(5.0)
     assert time.monotonic() - began < 3.0
-    assert {value(answer) for answer in answers} == {None}
+    assert {value(evaluation) for evaluation in evaluations} == {None}
     assert not [thread for thread in newcomers() if thread.name.startswith("external-oms")]
 
 
@@ -825,25 +980,30 @@ def test_after_the_end_whoever_asks_is_answered_at_once_and_no_read_begins(threa
     assert value(asyncio.run(cache.lookup_async(TENANT))) is None
     with pytest.raises(Unavailable, match="shut down"):
         cache.refresh(TENANT)
-    assert cache.validate(TENANT, 1) is None
-    cache.invalidate(TENANT)
+    assert cache.wait_for_generation(TENANT, 1) is None
+    invalidate(cache)
     cache.close()
     assert time.monotonic() - began < 2.0
     assert threaded.source.reads == []
 
 
 def test_a_flight_that_waits_for_another_process_begins_no_read_after_the_end(threaded: Threaded) -> None:
-    store = MemoryStore(clock=threaded.clock)
+    class Shared(MemoryStore):
+        def is_gone(self, holder: str) -> bool:
+            return False
+
+    store = Shared(clock=threaded.clock)
     cache = threaded.make(store=store)
-    lease = store.acquire(TENANT, seconds=60.0, metered=False)
+    outcome = store.transact(TENANT, partial(begin_read, holder="them", lease_seconds=60.0, newer_than=0))
+    assert isinstance(outcome, Granted)
     waiting = threading.Thread(target=cache.lookup, args=(TENANT,), daemon=True)
     waiting.start()
-    flight = cache._flights._lanes[TENANT]
-    assert eventually(lambda: flight.flight is not None and flight.flight.denied_at is not None)
+    slot = cache._states[TENANT]
+    wait_until(lambda: slot.flight is not None and slot.flight.parked)
     cache.close(5.0)
     waiting.join(SOON)
-    store.release(lease)  # type: ignore[arg-type]  # nobody else asked for it
-    assert eventually(lambda: not [thread for thread in newcomers() if thread.name == "external-oms-read"])
+    store.transact(TENANT, partial(release, lease=outcome.lease))
+    wait_until(lambda: not [thread for thread in newcomers() if thread.name == "external-oms-worker"])
     assert threaded.source.reads == []
 
 
@@ -856,11 +1016,11 @@ def test_reopened_it_works_as_at_first_whatever_happened_at_the_end(threaded: Th
     cache.close(0.05)
     cache.lookup(TENANT)
     late.answer(Unavailable("late"))
-    assert eventually(lambda: not [thread for thread in newcomers() if thread.name == "external-oms-read"])
+    wait_until(lambda: not [thread for thread in newcomers() if thread.name == "external-oms-worker"])
     threaded.source.holding.clear()
     cache.reopen()
     cache.start()
-    assert eventually(lambda: value(cache.peek(TENANT)) is True), "the background reads again"
+    wait_until(lambda: value(cache.peek(TENANT)) is True, message="the background reads again")
     assert value(cache.lookup(TENANT)) is True
     cache.close()
     cache.reopen()
@@ -876,7 +1036,7 @@ def test_a_value_read_as_the_end_came_is_kept(threaded: Threaded) -> None:
     held = threaded.source.held()
     cache.close(0.05)
     held.answer(True)
-    assert eventually(lambda: store.load(TENANT).snapshot is not None)
+    wait_until(lambda: store.load(TENANT).snapshot is not None)
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")  # newer Pythons warn of what is tested here
@@ -885,12 +1045,11 @@ def test_a_forked_child_answers_at_once_refreshes_and_hears_invalidations(thread
     cache = threaded.make(background=True)
     cache.lookup(TENANT)
     threaded.hold()
-    cache.invalidate(TENANT)
+    invalidate(cache)
     cache.lookup(TENANT)
     held = threaded.source.held()  # a read of the parent is under way
-    locks = [cache._seats._seats[TENANT].lock, cache._planning, cache._flights._lanes[TENANT].lock]
-    for lock in locks:
-        lock.acquire()  # as if other threads held them at the instant of the fork
+    lock = cache._states[TENANT].lock
+    lock.acquire()  # as if another thread held it at the instant of the fork
     child = os.fork()
     if child == 0:
         signal.alarm(30)
@@ -898,46 +1057,66 @@ def test_a_forked_child_answers_at_once_refreshes_and_hears_invalidations(thread
         try:
             threaded.source = Source(threaded.clock)
             threaded.source.says = False
-            cache._flights._source = threaded.source
+            cache._reader._source = threaded.source
             cache.after_fork()
             began = time.monotonic()
             warm = cache.lookup(TENANT)
             quick = time.monotonic() - began < 1.0
-            refreshed = eventually(lambda: value(cache.lookup(TENANT)) is False)
-            cache.invalidate(TENANT)
+            wait_until(lambda: value(cache.lookup(TENANT)) is False)
+            threaded.hold()
+            invalidate(cache)
             heard = cache.lookup(TENANT).freshness is Freshness.STALE
+            threaded.source.held().answer(False)
+            threaded.source.holding.clear()
             again = value(cache.refresh(TENANT)) is False
-            code = 0 if (value(warm) is True and quick and refreshed and heard and again) else 2
+            code = 0 if (value(warm) is True and quick and heard and again) else 2
         finally:
             os._exit(code)
-    for lock in locks:
-        lock.release()
+    lock.release()
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     held.answer(True)
-    assert eventually(lambda: cache.lookup(TENANT).freshness is Freshness.FRESH)
+    wait_until(lambda: cache.lookup(TENANT).freshness is Freshness.FRESH)
 
 
-def test_a_job_may_be_run_on_a_reader(threaded: Threaded) -> None:
-    cache, done = threaded.make(), threading.Event()
-    cache.run(done.set)
-    assert done.wait(SOON)
-    done.clear()
-    cache.after(0.001, done.set)
-    assert done.wait(SOON)
+@pytest.mark.parametrize("background", [True, False])
+def test_a_forked_child_that_is_idle_follows_the_store(clock: FakeClock, background: bool) -> None:
+    """It must not answer minutes later with a value that was invalidated meanwhile, nor report nothing till then."""
+    shared, hand, source = FaultyStore(clock), Hand(clock), Source(clock)
+    store = Fallback(shared, clock=clock, random=lambda: 0.5)
+    cache = make_cache(source, clock, runner=hand, store=store, background=background)
+    cache.lookup(TENANT)
+    told: list[Change] = []
+    cache.changes.subscribe(told.append)
+    cache.after_fork()
+    hand.advance(0.1)
+    assert [change.evaluation.freshness for change in told] == [Freshness.FRESH]
+    source.says = False
+    shared.data.invalidate(TENANT, [Invalidation()])
+    hand.wake()
+    assert told[1].evaluation.freshness is Freshness.STALE
+    hand.advance(0.1)
+    assert value(cache.peek(TENANT)) is (not background)
+
+
+def test_a_child_of_a_process_that_never_evaluated_starts_no_thread(clock: FakeClock) -> None:
+    hand = Hand(clock)
+    cache = make_cache(Source(clock), clock, runner=hand)
+    cache.after_fork()
+    assert not hand._due
 
 
 def test_reads_by_this_process_are_told_of_with_their_outcome(timed: Timed) -> None:
     ended: list[ReadEnd] = []
-    timed.cache.reads.listen(ended.append)
+    timed.cache.reads.subscribe(ended.append)
     timed.cache.lookup(TENANT)
     timed.source.says = Unavailable("down")
     with pytest.raises(ReadError):
         timed.cache.refresh(TENANT)
     assert [type(end.outcome).__name__ for end in ended] == ["Snapshot", "Failure"]
-    assert [end.lease.number for end in ended] == [1, 2]
+    assert [end.outcome.token for end in ended] == [1, 2]
 
 
-def test_nothing_of_all_this_is_logged_by_the_heart_itself(timed: Timed, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_cache_itself_logs_nothing_of_all_this(timed: Timed, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.DEBUG, logger="external_oms"):
         timed.cache.start()
         timed.source.says = Unavailable("down")

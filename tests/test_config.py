@@ -1,4 +1,4 @@
-"""The API's document: what is one, and that nothing else is ever taken for a value."""
+"""The API's document: what is accepted, and that everything else is an error and never a value."""
 
 from __future__ import annotations
 
@@ -90,6 +90,54 @@ def test_an_instant_survives_its_text_to_the_millisecond(moment: datetime, minut
     assert text.endswith("Z")
     assert timedelta(0) <= aware - parse_instant(text) < timedelta(milliseconds=1)
     assert parse_instant(text).tzinfo is UTC
+
+
+@pytest.mark.parametrize(
+    ("text", "instant"),
+    [
+        ("2021-07-13T20:18:25Z", "2021-07-13T20:18:25+00:00"),
+        ("2021-07-13t20:18:25.5z", "2021-07-13T20:18:25.500000+00:00"),
+        ("2021-07-13T20:18:25.123456789+02:30", "2021-07-13T17:48:25.123456+00:00"),
+        ("2021-07-13T20:18:25-00:00", "2021-07-13T20:18:25+00:00"),
+        ("2016-12-31T23:59:60Z", "2017-01-01T00:00:00+00:00"),
+        ("2016-12-31T15:59:60.9-08:00", "2017-01-01T00:00:00+00:00"),
+    ],
+)
+def test_an_rfc_3339_instant_is_read_with_leap_seconds(text: str, instant: str) -> None:
+    assert parse_instant(text).isoformat() == instant
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "20210713T201825Z",
+        "2021-W28-2T20:18:25Z",
+        "2021-194T20:18:25Z",
+        "2021-07-13T20:18Z",
+        "2021-07-13T20Z",
+        "2021-07-13 20:18:25Z",
+        "2021-07-13T20:18:25",
+        "2021-07-13T20:18:25,5Z",
+        "2021-07-13T20:18:25.Z",
+        "2021-07-13T20:18:25+0200",
+        "2021-07-13T20:18:25+02",
+        "2021-07-13T20:18:25+02:00:00",
+        "2021-07-13T20:18:25+24:00",
+        "2021-07-13T24:00:00Z",
+        "2021-02-29T20:18:25Z",
+        "2021-07-13T20:18:60Z",
+        "2016-12-30T23:59:60Z",
+        "9999-12-31T23:59:60Z",
+        "2021-07-13T20:18:25Z\n",
+        " 2021-07-13T20:18:25Z",
+        "\u0662021-07-13T20:18:25Z",
+    ],
+)
+def test_other_forms_of_iso_8601_are_refused(text: str) -> None:
+    with pytest.raises(ValueError):  # noqa: PT011 - which of them does not matter
+        parse_instant(text)
+    with pytest.raises(MalformedAnswer, match="not an RFC 3339 instant"):
+        parse_document(json.dumps({"enabled": True, "updated_at": text}).encode())
 
 
 @given(text=st.text(max_size=30))

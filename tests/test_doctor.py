@@ -172,7 +172,9 @@ def test_a_missing_scope_is_a_note(platform: str, claim: Mapping[str, object]) -
     assert "newstore:configuration:" in found["scopes"].advice
 
 
-@pytest.mark.parametrize("token", ["opaque", "a.b.c", token_with({}), token_with({"exp": True, "scope": 7})])
+@pytest.mark.parametrize(
+    "token", ["opaque", "a.b.c", token_with({}), token_with({"exp": True, "scope": 7}), token_with({"exp": 10**400})]
+)
 def test_a_token_that_tells_nothing_is_no_trouble(platform: str, token: str) -> None:
     found = findings(static(platform, token))
     assert (found["token"].verdict, found["scopes"].verdict) == (Verdict.OK, Verdict.OK)
@@ -209,7 +211,7 @@ def test_the_memory_store_is_a_note_and_a_place_that_is_none_fails(platform: str
 
 
 def test_a_server_with_all_credentials_is_ok(platform: str) -> None:
-    given_all = static(platform, "opaque", webhook_api_keys=["k"], api_keys=[f"ops:admin:{'0' * 64}"])
+    given_all = static(platform, "opaque", webhook_api_keys=["webhook-key"], api_keys=[f"ops:admin:{'0' * 64}"])
     assert findings(given_all)["server"].verdict is Verdict.OK
 
 
@@ -235,6 +237,23 @@ def test_origins_show_no_secret_and_where_each_value_comes_from(
     assert rows["ofrep_origins"][0] == "https://a.example, https://b.example"
     assert rows["dashboard"][0] == "true"
     assert "secret-" not in repr(rows)
+
+
+@pytest.mark.parametrize(
+    "store",
+    [
+        "redis://127.0.0.1:1?password=secret-1",
+        "unix:///s?password=secret-1",
+        "redis+sentinel://h/m?sentinel_password=secret-1",
+    ],
+)
+def test_neither_the_settings_nor_a_finding_shows_the_password_of_redis(platform: str, store: str) -> None:
+    settings = static(platform, "opaque", store=store)
+    found = findings(settings)["store"]
+    assert found.verdict is Verdict.FAIL
+    shown = [value for name, value, _ in origins(settings, {}) if name == "store"]
+    assert shown == [store.replace("secret-1", "…")]
+    assert "secret-1" not in repr(found)
 
 
 @given(st.text() | st.builds(".".join, st.lists(st.text(alphabet="abcXYZ019-_="), min_size=3, max_size=3)))

@@ -7,7 +7,6 @@ import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from time import monotonic, sleep
 from typing import Any
 
 import pytest
@@ -15,8 +14,9 @@ import yaml  # type: ignore[import-untyped]  # comes with schemathesis; its stub
 
 from external_oms.emulator import ConfigAPIEmulator
 from external_oms.web import create_app
-from tests.web.conftest import TENANT
-from tests.web.scrapes import Scrape
+from tests.support.scrapes import Scrape
+from tests.support.waiting import wait_until
+from tests.support.web import TENANT
 
 ROOT = Path(__file__).parents[1]
 GRAFANA = ROOT / "examples" / "grafana"
@@ -32,14 +32,11 @@ def scraped() -> Scrape:
         app = create_app(api.settings(insecure=True, webhook_secrets=(), metrics_open=True))
         client, parts = app.test_client(), app.extensions["external_oms"]
         try:
-            assert parts.service.cache.refresh(TENANT).record.snapshot is not None
+            assert parts.service.cache.refresh(TENANT).entry.snapshot is not None
             assert client.post("/webhooks/external-oms", json={}).status_code == 200
-            parts.service.reporter._report()
-            until = monotonic() + 10
-            while "last_invalidation_applied_seconds{" not in (text := client.get("/metrics").text):
-                assert monotonic() < until, text
-                sleep(0.01)
-            return Scrape.of(text)
+            parts.service.heartbeat._report()
+            wait_until(lambda: "last_invalidation_applied_seconds{" in client.get("/metrics").text)
+            return Scrape.of(client.get("/metrics").text)
         finally:
             parts.provider.shutdown()
 

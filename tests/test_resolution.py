@@ -1,4 +1,4 @@
-"""An answer becomes the SDK's details: every reason, every policy, and details that nobody can spoil for the others."""
+"""An evaluation becomes the SDK's details: every reason, every policy, details that nobody can spoil for others."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from openfeature.exception import FlagNotFoundError, GeneralError, TypeMismatchError
 from openfeature.flag_evaluation import FlagResolutionDetails, Reason
 
-from external_oms.config import FLAG_KEY, Snapshot
+from external_oms.config import FLAG_KEY
+from external_oms.entry import Entry, Snapshot
 from external_oms.errors import NothingToServe, Unavailable
-from external_oms.freshness import Freshness
-from external_oms.judgement import Answer, Source
+from external_oms.policy import Evaluation, Freshness, Source
 from external_oms.resolution import (
     SharedDetails,
     WhenExpired,
@@ -29,7 +29,6 @@ from external_oms.resolution import (
     refuse_key,
     refuse_type,
 )
-from external_oms.stores.base import Record
 
 TENANT = "acme"
 FETCHED_AT = datetime(2026, 3, 1, 12, 30, 15, 250_000, tzinfo=UTC)
@@ -37,16 +36,16 @@ UPDATED_AT = datetime(2026, 2, 1, tzinfo=UTC)
 POLICIES: tuple[WhenExpired, ...] = get_args(WhenExpired)
 
 
-def answer(
+def evaluation(
     freshness: Freshness,
     source: Source = Source.MEMORY,
     *,
     enabled: bool | None = True,
     updated_at: datetime | None = None,
     generation: int = 3,
-) -> Answer:
+) -> Evaluation:
     known = None if enabled is None else Snapshot(enabled, updated_at, None, generation, 1, 1000.0, FETCHED_AT, 30.0)
-    return Answer(TENANT, Record(generation=4, reads=1, snapshot=known), freshness, 1030.0, source)
+    return Evaluation(TENANT, Entry(generation=4, token=1, snapshot=known), freshness, 1030.0, source)
 
 
 FAILURE = NothingToServe(TENANT, Unavailable("no answer in time"))
@@ -76,7 +75,7 @@ EXPIRED: list[tuple[WhenExpired, bool | None, tuple[bool, Reason, str] | None]] 
 @pytest.mark.parametrize("enabled", [True, False])
 @pytest.mark.parametrize(("freshness", "source", "reason"), RESOLVED)
 def test_the_table_of_reasons(freshness: Freshness, source: Source, reason: Reason, enabled: bool) -> None:
-    details = details_of(answer(freshness, source, enabled=enabled))
+    details = details_of(evaluation(freshness, source, enabled=enabled))
     assert details is not None
     assert (details.value, details.reason, details.variant) == (enabled, reason, "on" if enabled else "off")
     assert (details.error_code, details.error_message) == (None, None)
@@ -86,14 +85,14 @@ def test_the_table_of_reasons(freshness: Freshness, source: Source, reason: Reas
 @pytest.mark.parametrize("enabled", [True, False, None])
 @pytest.mark.parametrize("source", Source)
 def test_what_may_not_be_served_has_no_details(source: Source, enabled: bool | None) -> None:
-    assert details_of(answer(Freshness.EXPIRED, source, enabled=enabled)) is None
+    assert details_of(evaluation(Freshness.EXPIRED, source, enabled=enabled)) is None
 
 
 @pytest.mark.parametrize(("policy", "enabled", "served"), EXPIRED)
 def test_the_table_of_policies(
     policy: WhenExpired, enabled: bool | None, served: tuple[bool, Reason, str] | None
 ) -> None:
-    expired = answer(Freshness.EXPIRED, enabled=enabled)
+    expired = evaluation(Freshness.EXPIRED, enabled=enabled)
     if served is None:
         with pytest.raises(GeneralError, match="no answer in time") as raised:
             expired_details(expired, policy, FAILURE)
@@ -112,7 +111,7 @@ def test_the_table_of_policies_is_whole() -> None:
 
 
 def test_the_metadata_says_whose_how_old_from_where_and_since_when() -> None:
-    assert metadata_of(answer(Freshness.FRESH, Source.STORE, updated_at=UPDATED_AT)) == {
+    assert metadata_of(evaluation(Freshness.FRESH, Source.STORE, updated_at=UPDATED_AT)) == {
         "tenant": TENANT,
         "generation": 3,
         "source": "store",
@@ -123,8 +122,8 @@ def test_the_metadata_says_whose_how_old_from_where_and_since_when() -> None:
 
 
 def test_the_metadata_leaves_out_what_is_not_known() -> None:
-    assert "updated_at" not in metadata_of(answer(Freshness.FRESH))
-    assert metadata_of(answer(Freshness.EXPIRED, enabled=None)) == {
+    assert "updated_at" not in metadata_of(evaluation(Freshness.FRESH))
+    assert metadata_of(evaluation(Freshness.EXPIRED, enabled=None)) == {
         "tenant": TENANT,
         "generation": 4,
         "source": "memory",
@@ -133,7 +132,7 @@ def test_the_metadata_leaves_out_what_is_not_known() -> None:
 
 
 def test_a_value_in_the_metadata_is_of_the_kinds_that_openfeature_allows() -> None:
-    for value in metadata_of(answer(Freshness.FRESH, updated_at=UPDATED_AT)).values():
+    for value in metadata_of(evaluation(Freshness.FRESH, updated_at=UPDATED_AT)).values():
         assert type(value) in {bool, int, float, str}, "a subclass of str, such as an enum, would surprise a pickle"
 
 
@@ -141,7 +140,7 @@ def test_a_value_in_the_metadata_is_of_the_kinds_that_openfeature_allows() -> No
 
 
 def shared() -> SharedDetails:
-    details = details_of(answer(Freshness.FRESH, updated_at=UPDATED_AT))
+    details = details_of(evaluation(Freshness.FRESH, updated_at=UPDATED_AT))
     assert details is not None
     return details
 

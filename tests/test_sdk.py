@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -18,18 +17,7 @@ from openfeature.provider._registry import provider_registry
 from external_oms import FLAG_KEY, ExternalOMSProvider
 from external_oms.sdk import repair_after_fork, status_in_sdk
 from external_oms.testing import ConfigAPIEmulator, Fault
-
-SOON_SECONDS = 15.0
-
-
-def eventually(holds: Callable[[], bool]) -> bool:
-    """Whether it comes to hold, as long as patience lasts."""
-    until = time.monotonic() + SOON_SECONDS
-    while not holds():
-        if time.monotonic() > until:
-            return False
-        time.sleep(0.005)
-    return True
+from tests.support.waiting import PATIENCE_SECONDS, wait_until
 
 
 def in_a_child(work: Callable[[], bool]) -> bool:
@@ -47,7 +35,7 @@ def in_a_child(work: Callable[[], bool]) -> bool:
 
 @pytest.fixture
 def provider(external_oms_api: ConfigAPIEmulator) -> Iterator[ExternalOMSProvider]:
-    yield ExternalOMSProvider(external_oms_api.settings())
+    yield ExternalOMSProvider(external_oms_api.settings(timeout_seconds=30.0))
     api.shutdown()
 
 
@@ -106,13 +94,15 @@ def test_in_a_child_event_handlers_run_and_no_lock_of_another_thread_is_waited_f
     api.set_provider_and_wait(provider)
     external_oms_api.set_enabled(None, True)
     provider.refresh()
-    assert heard.wait(SOON_SECONDS)  # the parent's pool has a thread, idle from here on
+    assert heard.wait(PATIENCE_SECONDS)  # the parent's pool has a thread, idle from here on
     external_oms_api.set_enabled(None, False)
 
     def child() -> bool:
         heard.clear()
         provider.refresh()
-        return heard.wait(SOON_SECONDS) and api.get_client().get_boolean_value(FLAG_KEY, default_value=True) is False
+        return (
+            heard.wait(PATIENCE_SECONDS) and api.get_client().get_boolean_value(FLAG_KEY, default_value=True) is False
+        )
 
     held = threading.Event()
     done = threading.Event()
@@ -120,11 +110,11 @@ def test_in_a_child_event_handlers_run_and_no_lock_of_another_thread_is_waited_f
     def hold() -> None:
         with vars(_event_support)["_client_lock"], vars(provider_registry)["_lock"]:
             held.set()
-            done.wait(SOON_SECONDS)
+            done.wait(PATIENCE_SECONDS)
 
     holder = threading.Thread(target=hold)
     holder.start()
-    assert held.wait(SOON_SECONDS)
+    assert held.wait(PATIENCE_SECONDS)
     try:
         assert in_a_child(child)
     finally:
@@ -138,18 +128,18 @@ def test_an_initialization_under_way_at_the_fork_ends_in_the_child(
     answers: bool, provider: ExternalOMSProvider, external_oms_api: ConfigAPIEmulator
 ) -> None:
     external_oms_api.set_enabled(None, True)
-    external_oms_api.fault(
-        None, Fault(delay_seconds=1.0) if answers else Fault(delay_seconds=1.0, status=500, times=None)
-    )
+    external_oms_api.fault(None, Fault(delay_seconds=60.0))  # the parent's read is under way for as long as the test
+    if not answers:
+        external_oms_api.fault(None, Fault(status=500, times=None))
     api.set_provider(provider)
-    assert eventually(lambda: external_oms_api.reads() > 0)
+    wait_until(lambda: external_oms_api.reads() > 0)
     client = api.get_client()
     assert client.get_provider_status() is ProviderStatus.NOT_READY
     ends = ProviderStatus.READY if answers else ProviderStatus.ERROR
 
     def child() -> bool:
-        ended = eventually(lambda: client.get_provider_status() is ends)
-        return ended and client.get_boolean_value(FLAG_KEY, default_value=False) is answers
+        wait_until(lambda: client.get_provider_status() is ends)
+        return client.get_boolean_value(FLAG_KEY, default_value=False) is answers
 
     assert in_a_child(child)
 

@@ -1,44 +1,48 @@
-"""Access tokens, each tenant's by itself: renewed before they end, by one caller at a time, whom the others wait for.
+"""Access tokens, static or by the OAuth 2.0 client credentials grant; each tenant has a source of its own.
 
-Source: RFC 6749 §4.4 (client credentials grant), §5.1 and §5.2 (answers of a token endpoint).
+Source: RFC 6749 §4.4 (client credentials grant), §5.1 and §5.2 (responses of a token endpoint).
 """
 
 from __future__ import annotations
 
 import copy
-import importlib
 import json
 import math
 import re
 import threading
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future
 from dataclasses import dataclass, field
+from http import HTTPStatus
 from typing import Protocol
 from urllib.parse import urlencode
 
 import requests
-from cachetools import TLRUCache
 from pydantic import SecretStr
 
 from external_oms.clock import Clock
 from external_oms.errors import MalformedAnswer, RateLimited, ReadError, TokenError, Unavailable
-from external_oms.transport import Answer, Call, Transport, parse_retry_after
+from external_oms.transport import Response, Transport, parse_retry_after
 
 __all__ = ["ClientCredentials", "StaticToken", "TokenSource", "renewal_margin_seconds"]
 
 DEFAULT_LIFE_SECONDS = 300.0
-"""The life of a token whose answer leaves `expires_in` out, as RFC 6749 §5.1 lets it; Keycloak's own default."""
+"""The life of a token whose response has no `expires_in`, as RFC 6749 §5.1 allows; the default of Keycloak."""
+
+MAX_LIFE_SECONDS = 1e9
+"""The longest life that is believed, thirty years: some servers send 2^63 for a token without an end."""
 
 MAX_TOKEN_LENGTH = 16_384
-"""Characters; no server that we know takes a longer header."""
+"""Characters; no server that we know accepts a longer header."""
 
 RENEWAL_PAUSE_SECONDS = 5.0
-"""The least time between two tries to renew a token that is still valid: a dead endpoint must not slow every read."""
+"""The least time between two attempts to renew a valid token: a dead endpoint must not slow every read."""
+
+_SHARED = 8
+"""A text that has so many letters and digits in a row in common with a secret may be made of it."""
 
 
 def renewal_margin_seconds(life_seconds: float) -> float:
-    """How many seconds before its end a token is renewed: a tenth of its life, 5 to 60, and never more than half of it.
+    """Return how many seconds before its end a token is renewed: a tenth of its life, 5 to 60, at most half of it.
 
     Args:
         life_seconds: Its whole life, > 0.
@@ -47,23 +51,23 @@ def renewal_margin_seconds(life_seconds: float) -> float:
 
 
 class TokenSource(Protocol):
-    """Where the access token of one tenant comes from."""
+    """Gives the access tokens of one tenant."""
 
     @property
     def renews(self) -> bool:
-        """Whether another token can be had in place of one that was refused."""
+        """Whether another token can be obtained in place of one that was refused."""
         ...  # pragma: no cover - a Protocol's body never runs
 
     def token(self, *, deadline: float | None = None) -> str:
-        """A token that is valid as far as is known, obtained or renewed if need be.
+        """Return a token that is valid as far as is known, obtaining or renewing it if necessary.
 
         Args:
             deadline: When to give up, seconds on the monotonic clock; None: after the source's own timeout.
 
         Raises:
-            TokenError: The token endpoint refused, or answered with no usable token.
+            TokenError: The token endpoint refused, or answered without a usable token.
             RateLimited: It answered 429.
-            Unavailable: It gave no whole answer in time, or answered 5xx.
+            Unavailable: It gave no complete response in time, or answered 5xx.
         """
         ...  # pragma: no cover - a Protocol's body never runs
 
@@ -71,17 +75,21 @@ class TokenSource(Protocol):
         """Forget this token, and no other."""
         ...  # pragma: no cover - a Protocol's body never runs
 
+    def reveals(self, text: str) -> bool:
+        """Return whether the text may contain a part of the token or of the client's secret."""
+        ...  # pragma: no cover - a Protocol's body never runs
+
     def abort(self) -> None:
-        """End what is under way, from any thread."""
+        """End a request in progress, from any thread."""
         ...  # pragma: no cover - a Protocol's body never runs
 
     def after_fork(self) -> None:
-        """In a child: use no lock and no socket of the parent's."""
+        """Replace the parent's locks and connections in a forked child."""
         ...  # pragma: no cover - a Protocol's body never runs
 
 
 class StaticToken:
-    """A token that was configured; there is no other.
+    """A configured token, which cannot be renewed.
 
     Args:
         token: The access token.
@@ -92,22 +100,26 @@ class StaticToken:
     def __init__(self, token: SecretStr) -> None:
         self._token = token
 
-    def token(self, *, deadline: float | None = None) -> str:  # noqa: ARG002 - nothing here takes time
-        """The token."""
+    def token(self, *, deadline: float | None = None) -> str:  # noqa: ARG002 - takes no time
+        """Return the token."""
         return self._token.get_secret_value()
 
     def drop(self, token: str) -> None:
-        """Keep it: there is no other."""
+        """Keep the token: there is no other."""
+
+    def reveals(self, text: str) -> bool:
+        """Return whether the text may contain a part of the token."""
+        return _share(text, self._token.get_secret_value())
 
     def abort(self) -> None:
-        """Nothing is ever under way."""
+        """Do nothing: no request is ever in progress."""
 
     def after_fork(self) -> None:
-        """Nothing belongs to the parent."""
+        """Do nothing: there is no lock and no connection."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Held:
+@dataclass(slots=True)
+class _CachedToken:
     """A token and its times, seconds on the monotonic clock, counted from the *start* of the request for it."""
 
     text: str = field(repr=False)
@@ -116,27 +128,28 @@ class _Held:
 
 
 class ClientCredentials:
-    """Tokens by the client credentials grant; each object keeps its own, so no two tenants can share one.
+    """Tokens by the client credentials grant; every object has its own, so two tenants can never share one.
 
-    A token is renewed a little before its end. Where the renewal fails and the old token is still valid, the old one is
-    used on. No refresh token is ever used: RFC 6749 §4.4.3 gives none for this grant.
+    A token is renewed a little before its end. While that fails, the old token is used as long as it is valid. One
+    caller at a time calls the token endpoint. Callers that hold no valid token wait for it, each until its own
+    deadline, and share its token or its failure. Refresh tokens are not used: RFC 6749 §4.4.3 has none for this grant.
 
     Args:
-        tenant: Whose tokens these are.
-        endpoint: The address of the token endpoint.
+        tenant: The tenant, for messages.
+        endpoint: The URL of the token endpoint.
         client_id: The client's id.
-        client_secret: Its secret, sent in the form as the platform documents it.
+        client_secret: Its secret, sent in the form, as the platform documents it.
         scope: The scopes to ask for, separated by spaces; empty asks for the client's own.
-        session: The user's session, or None.
-        clock: What tells the time.
-        timeout_seconds: How long a caller that names no deadline waits, > 0.
-        retry_after_max_seconds: The most that a Retry-After is believed, in seconds.
-        obtained: Told of every try to obtain a token, with its failure where it failed; must not block.
+        session: The application's session, or None.
+        clock: The clock.
+        timeout_seconds: How long a caller without a deadline waits, > 0.
+        retry_after_max_seconds: The longest Retry-After that is obeyed, in seconds.
+        on_renewal: Called after every attempt to obtain a token, with its error or None; must not block.
     """
 
     renews = True
 
-    def __init__(  # noqa: PLR0913 - the grant has five parts, and the seams are four
+    def __init__(  # noqa: PLR0913 - five parameters of the grant, and what calls and limits need
         self,
         *,
         tenant: str,
@@ -148,9 +161,8 @@ class ClientCredentials:
         clock: Clock,
         timeout_seconds: float,
         retry_after_max_seconds: float,
-        obtained: Callable[[ReadError | None], None] = lambda _: None,
+        on_renewal: Callable[[ReadError | None], None] = lambda _: None,
     ) -> None:
-        self._tenant = tenant
         self._endpoint = endpoint
         self._client_id = client_id
         self._client_secret = client_secret
@@ -158,209 +170,161 @@ class ClientCredentials:
         self._clock = clock
         self._timeout_seconds = timeout_seconds
         self._retry_after_max_seconds = retry_after_max_seconds
-        self._obtained = obtained
+        self._on_renewal = on_renewal
         self._subject = f"the token endpoint of tenant {tenant!r}"
-        self._transport = Transport(session, subject=self._subject, clock=clock)
-        self._not_before = 0.0
-        self._refusal: ReadError | None = None
-        self._renew_locks()
-        self._held = self._new_cache()
-        # Imported by the thread that makes the provider, not by the reader that wants the first token: a fork in the
-        # middle of an import leaves the module's lock held for ever in the child, and its reader with it.
-        importlib.import_module("authlib.oauth2.client")
-
-    def _renew_locks(self) -> None:
-        self._lock = threading.Lock()
-        self._flight: Future[str] | None = None
-
-    def _new_cache(self) -> TLRUCache[ClientCredentials, _Held]:
-        """Room for one token, keyed by this very object: another's is not to be found here."""
-        return TLRUCache(maxsize=1, ttu=lambda _source, held, _now: held.expires_at, timer=self._clock.monotonic)
+        self._transport = Transport(session, subject=self._subject, url_setting="token_url", clock=clock)
+        self._renewing = threading.Lock()
+        # An attribute and not a cache: other threads read it without a lock while one of them renews it.
+        self._cached: _CachedToken | None = None
+        self._attempts = 0
+        self._failure: ReadError | None = None
+        self._not_before = -math.inf
 
     def token(self, *, deadline: float | None = None) -> str:
-        """A token; see `TokenSource.token`. One caller obtains it, those who come meanwhile share what comes of it."""
-        now = self._clock.monotonic()
+        """Return a token; see `TokenSource.token`."""
+        now, seen = self._clock.monotonic(), self._attempts
         until = now + self._timeout_seconds if deadline is None else deadline
-        with self._lock:
-            held = self._held.get(self)
-            if held is not None and now < max(held.renew_at, self._not_before):
-                return held.text
-            if held is None and self._refusal is not None and now < self._not_before:
-                raise _again(self._refusal, self._not_before - now)
-            flight, mine = self._flight, self._flight is None
-            if flight is None:
-                flight = self._flight = Future()
-        if mine:
-            self._fly(flight, held, until)
-        elif held is not None:
-            return held.text
-        return self._landed(flight, until)
+        valid = self._valid(now)
+        if valid is not None and now < valid.renew_at:
+            return valid.text
+        if not self._renewing.acquire(timeout=max(0.0, until - now) if valid is None else 0.0):
+            if valid is not None:
+                return valid.text
+            raise Unavailable(f"{self._subject}: another caller's request for a token did not end in time")
+        attempted = False
+        try:
+            outcome = self._outcome_since(seen)
+            if outcome is None:
+                outcome, attempted = self._renew(until), True
+        finally:
+            self._renewing.release()
+        if attempted:
+            self._on_renewal(outcome if isinstance(outcome, ReadError) else None)
+        if isinstance(outcome, _CachedToken):
+            return outcome.text
+        now = self._clock.monotonic()
+        valid = self._valid(now)
+        if valid is not None:
+            return valid.text
+        raise outcome if attempted else _copy_for_caller(outcome, self._not_before - now)
 
     def drop(self, token: str) -> None:
-        """Forget this token if it is the one held; a newer one stays."""
-        with self._lock:
-            held = self._held.get(self)
-            if held is not None and held.text == token:
-                del self._held[self]
+        """Forget this token if it is the cached one; a newer one stays."""
+        cached = self._cached
+        if cached is not None and cached.text == token:
+            cached.expires_at = -math.inf
+
+    def reveals(self, text: str) -> bool:
+        """Return whether the text may contain a part of the token or of the client's secret."""
+        cached = self._cached
+        return _share(text, self._client_secret.get_secret_value()) or (
+            cached is not None and _share(text, cached.text)
+        )
 
     def abort(self) -> None:
-        """End a request under way, from any thread."""
+        """End a request in progress, from any thread."""
         self._transport.abort()
 
     def after_fork(self) -> None:
-        """In a child: new locks and no connection of the parent's; a valid token is kept."""
-        held = self._held.get(self)  # a cache copied in the middle of a change answers None at worst
-        self._renew_locks()
+        """Replace the parent's lock and connections in a forked child; a valid token is kept."""
+        self._renewing = threading.Lock()
         self._transport.after_fork()
-        self._held = self._new_cache()
-        if held is not None:
-            self._held[self] = held
 
-    def _fly(self, flight: Future[str], held: _Held | None, until: float) -> None:
-        """Obtain a token for everyone who waits, and let them have it, or the failure, whatever happens."""
+    def _valid(self, now: float) -> _CachedToken | None:
+        cached = self._cached
+        return cached if cached is not None and now < cached.expires_at else None
+
+    def _outcome_since(self, seen: int) -> _CachedToken | ReadError | None:
+        """Return what other callers' attempts came to; None if this caller has to make one.
+
+        Args:
+            seen: How many attempts had ended when this caller arrived: it shares the failure of a later one.
+        """
         now = self._clock.monotonic()
-        if held is not None:
-            until = now + (until - now) / 2  # the other half is for the read, which can go on with the old token
-        outcome: _Held | ReadError = Unavailable(f"{self._subject}: the renewal was interrupted")
-        try:
-            outcome = self._obtain(until)
-        except ReadError as error:
-            outcome = error
-        finally:
-            self._land(flight, outcome)
-            self._obtained(outcome if isinstance(outcome, ReadError) else None)
+        valid = self._valid(now)
+        if valid is not None and now < valid.renew_at:
+            return valid
+        if self._failure is not None and (self._attempts != seen or now < self._not_before):
+            return valid or self._failure
+        return None
 
-    def _land(self, flight: Future[str], outcome: _Held | ReadError) -> None:
+    def _renew(self, until: float) -> _CachedToken | ReadError:
         now = self._clock.monotonic()
-        with self._lock:
-            self._flight = None
-            if isinstance(outcome, _Held):
-                self._held[self] = outcome
-                self._refusal, self._not_before = None, 0.0
-                flight.set_result(outcome.text)
-                return
-            old = self._held.get(self)
-            asked = outcome.retry_after_seconds
-            self._refusal = outcome if asked else None
-            self._not_before = now + max(asked or 0.0, RENEWAL_PAUSE_SECONDS if old is not None else 0.0)
-            if old is not None:
-                flight.set_result(old.text)
-            else:
-                flight.set_exception(outcome)
-
-    def _landed(self, flight: Future[str], until: float) -> str:
+        valid = self._valid(now)
         try:
-            return flight.result(timeout=max(0.0, until - self._clock.monotonic()))
+            # A caller with a valid token leaves half of its time to the read, which can still use that token.
+            obtained = self._obtain(until if valid is None else now + (until - now) / 2)
         except ReadError as error:
-            raise _again(error, error.retry_after_seconds) from error
-        except TimeoutError as error:
-            raise Unavailable(f"{self._subject}: another caller's renewal did not end in time") from error
+            now, asked = self._clock.monotonic(), error.retry_after_seconds or 0.0
+            self._failure, self._not_before = copy.copy(error), now + asked  # the copy has no traceback to keep alive
+            if valid is not None:
+                valid.renew_at = now + max(asked, RENEWAL_PAUSE_SECONDS)
+            self._attempts += 1
+            return error
+        self._cached, self._failure, self._not_before = obtained, None, -math.inf
+        self._attempts += 1
+        return obtained
 
-    def _obtain(self, until: float) -> _Held:
+    def _obtain(self, until: float) -> _CachedToken:
         started = self._clock.monotonic()
-        with self._transport.call(until) as call:
-            given = self._granted(call)
-        text, kind, life = given.get("access_token"), given.get("token_type", "Bearer"), _life_seconds(given)
+        form = {
+            "grant_type": "client_credentials",
+            "client_id": self._client_id,
+            "client_secret": self._client_secret.get_secret_value(),
+        }
+        if self._scope:
+            form["scope"] = self._scope
+        headers = {"Accept": "application/json", "Content-Type": "application/x-www-form-urlencoded"}
+        with self._transport.deadline(until) as deadline:
+            response = self._transport.send(
+                deadline, "POST", self._endpoint, headers=headers, body=urlencode(form).encode()
+            )
+        granted = self._granted(response)
+        text, kind = granted.get("access_token"), granted.get("token_type", "Bearer")
         if not (isinstance(text, str) and len(text) <= MAX_TOKEN_LENGTH and _TOKEN.fullmatch(text)):
-            raise TokenError(f"{self._subject}: its answer has no usable access_token; is token_url right?")
+            raise TokenError(f"{self._subject}: its response has no usable access_token; check token_url")
         if not (isinstance(kind, str) and kind.lower() == "bearer"):
-            raise TokenError(f"{self._subject}: what it issues is no bearer token; is token_url right?")
+            raise TokenError(f"{self._subject}: it does not issue bearer tokens; check token_url")
+        life = _life_seconds(granted.get("expires_in"))
         if life is None:
-            raise TokenError(f"{self._subject}: `expires_in` in its answer is not a number of seconds above 0")
-        return _Held(text, started + life - renewal_margin_seconds(life), started + life)
+            raise TokenError(f"{self._subject}: `expires_in` in its response is not a number of seconds above 0")
+        return _CachedToken(text, started + life - renewal_margin_seconds(life), started + life)
 
-    def _granted(self, call: Call) -> Mapping[str, object]:
-        """The JSON object with a token in it; everything that Authlib may raise is wrapped here."""
-        from authlib.oauth2 import OAuth2Error  # noqa: PLC0415 - a static token needs no Authlib
-        from authlib.oauth2.client import OAuth2Client  # noqa: PLC0415 - likewise
+    def _granted(self, response: Response) -> Mapping[str, object]:
+        """Return the JSON object of a success.
 
-        endpoint = _Endpoint(self._transport, call, self._refuse)
-        client = OAuth2Client(
-            endpoint,
-            client_id=self._client_id,
-            client_secret=self._client_secret.get_secret_value(),
-            token_endpoint_auth_method="client_secret_post",  # noqa: S106 - the method's name
-            scope=self._scope or None,
-        )
-        try:
-            given: Mapping[str, object] = client.fetch_token(self._endpoint, grant_type="client_credentials")
-        except ReadError:
-            raise
-        except OAuth2Error as error:
-            advice = _advice(error.error)
-            # From None: the foreign error quotes the server's own words.
-            raise TokenError(f"{self._subject}: {advice}", status=endpoint.status) from None
-        except Exception as error:
-            problem = "its answer is not a token's; is token_url right?"
-            raise TokenError(f"{self._subject}: {problem}", status=endpoint.status or None) from error
-        if endpoint.status not in range(200, 300):
-            problem = f"answered {endpoint.status}; is token_url right?"
-            raise TokenError(f"{self._subject}: {problem}", status=endpoint.status)
-        return given
-
-    def _refuse(self, answer: Answer) -> None:
-        """Raise for an answer that says nothing about the client."""
-        status = answer.status
+        Raises:
+            ReadError: The response is something else.
+        """
+        status = response.status
         wait = parse_retry_after(
-            answer.headers.get("Retry-After"),
+            response.headers.get("Retry-After"),
             now_wall=self._clock.wall(),
             cap_seconds=self._retry_after_max_seconds,
         )
-        if status == requests.codes.too_many_requests:
-            raise RateLimited(f"{self._subject}: answered 429", status=status, retry_after_seconds=wait)
-        if status >= requests.codes.server_error:
-            raise Unavailable(f"{self._subject}: answered {status}", status=status, retry_after_seconds=wait)
+        answered = f"{self._subject}: answered {status}"
+        if status == HTTPStatus.TOO_MANY_REQUESTS:
+            raise RateLimited(answered, status=status, retry_after_seconds=wait)
+        if status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+            raise Unavailable(answered, status=status, retry_after_seconds=wait)
         if status in range(300, 400):
-            raise Unavailable(f"{self._subject}: answered {status}, a redirect; is token_url right?", status=status)
-        if isinstance(answer.trouble, MalformedAnswer):
-            raise TokenError(str(answer.trouble), status=status) from answer.trouble
-        if answer.trouble is not None:
-            raise answer.trouble
-
-
-@dataclass(frozen=True, slots=True)
-class _Granting:
-    """What Authlib takes for a response."""
-
-    status_code: int
-    body: bytes = field(repr=False)
-
-    def json(self) -> object:
-        return json.loads(self.body)
-
-    def raise_for_status(self) -> None:
-        """Authlib calls this where the body is no JSON object."""
-        raise ValueError(f"status {self.status_code} without a JSON object")
-
-
-class _Endpoint:
-    """What Authlib takes for a session: one POST, made by our transport."""
-
-    def __init__(self, transport: Transport, call: Call, refuse: Callable[[Answer], None]) -> None:
-        self._transport = transport
-        self._call = call
-        self._refuse = refuse
-        self.status = 0
-
-    def post(self, url: str, *, data: Mapping[str, str], headers: Mapping[str, str], auth: _ClientAuth) -> _Granting:
-        url, signed, form = auth.prepare("POST", url, dict(headers), urlencode(data))
-        answer = self._transport.exchange(
-            self._call,
-            "POST",
-            url,
-            signer=lambda request: request,  # signed already; and no ~/.netrc is asked
-            headers=signed,
-            body=form.encode("utf-8"),
-        )
-        self.status = answer.status
-        self._refuse(answer)
-        return _Granting(answer.status, answer.body)
-
-
-class _ClientAuth(Protocol):
-    """Authlib's way of putting the client's credentials into a request."""
-
-    def prepare(self, method: str, uri: str, headers: dict[str, str], body: str) -> tuple[str, dict[str, str], str]: ...
+            raise Unavailable(f"{answered}, a redirect, which is not followed; check token_url", status=status)
+        if isinstance(response.body_error, MalformedAnswer):
+            raise TokenError(str(response.body_error), status=status) from response.body_error
+        if response.body_error is not None:
+            raise response.body_error
+        try:
+            granted = json.loads(response.body)
+        except (ValueError, RecursionError):
+            granted = None
+        if isinstance(granted, dict) and granted.get("error") is not None:
+            raise TokenError(f"{self._subject}: {_advice(granted['error'])}", status=status)
+        if status not in range(200, 300):
+            advice = "check token_url, and that its realm is the tenant's name"
+            raise TokenError(f"{answered}; {advice}", status=status)
+        if not isinstance(granted, dict):
+            raise TokenError(f"{self._subject}: its response is not a JSON object; check token_url", status=status)
+        return granted
 
 
 _TOKEN = re.compile(r"[\x21-\x7e]+")
@@ -373,23 +337,30 @@ _ADVICE = {
 
 
 def _advice(code: object) -> str:
-    """What to do about an error code of RFC 6749 §5.2; another code is the server's text, and not repeated."""
+    """Return what to do about an error code of RFC 6749 §5.2; other codes are the server's text, and not repeated."""
     default = "refused to issue a token; check token_url, client_id and client_secret"
     return _ADVICE.get(code, default) if isinstance(code, str) else default
 
 
-def _life_seconds(given: Mapping[str, object]) -> float | None:
-    """The life that the answer gives the token; None where it is not one."""
-    life = given.get("expires_in")
-    if life is None:
+def _life_seconds(given: object) -> float | None:
+    """Return the life that the response gives the token; None if it is not one."""
+    if given is None:
         return DEFAULT_LIFE_SECONDS
-    if isinstance(life, bool) or not isinstance(life, int | float):
+    if isinstance(given, bool) or not isinstance(given, int | float) or not 0 < given < math.inf:
         return None
-    return float(life) if 0 < life < math.inf else None
+    return float(min(given, MAX_LIFE_SECONDS))  # an integer of 400 digits is no float
 
 
-def _again(error: ReadError, retry_after_seconds: float | None) -> ReadError:
-    """The same failure for another caller: one exception raised in several threads would collect all their traces."""
+def _share(text: str, secret: str) -> bool:
+    """Return whether two texts have `_SHARED` letters and digits in a row in common, whatever stands between them."""
+    text, secret = ("".join(filter(str.isalnum, one.casefold())) for one in (text, secret))
+    length = min(_SHARED, len(secret))
+    return length > 0 and any(text[at : at + length] in secret for at in range(len(text) - length + 1))
+
+
+def _copy_for_caller(error: ReadError, wait_seconds: float) -> ReadError:
+    """Return the same failure for another caller: one exception raised in several threads would collect all traces."""
     again = copy.copy(error)
-    again.retry_after_seconds = retry_after_seconds
+    if error.retry_after_seconds is not None:
+        again.retry_after_seconds = max(0.0, wait_seconds)
     return again

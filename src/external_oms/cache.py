@@ -47,6 +47,10 @@ __all__ = ["Cache", "CacheStore", "Change", "ChangeKind", "Validity"]
 WAIT_GRACE_SECONDS = 0.25
 """How much longer than a read its callers wait, so that they get its error and not a deadline of their own."""
 
+REFRESH_PAUSE_SECONDS = 0.05
+"""The least time between two refreshes of a tenant that the background starts: a store that does not agree with this
+process must not make it ask without a pause."""
+
 BATCH_SECONDS = 30.0
 """How long an invalidation waits for the store: several times the deadline of every store, which ends the wait."""
 
@@ -116,20 +120,24 @@ class _Tenant(Slot):
         loaded: The entry at hand.
         loads: How many loads were started.
         published: The evaluation that subscribers know.
+        enabled: The value that they know.
         planned: The entry for which a refresh is planned.
+        refreshed_at: When the background last started one.
         waiters: How many callers of `wait_for_generation` wait.
         batch: The invalidations that are under way, or were last.
         next_batch: The invalidations that follow them.
     """
 
-    __slots__ = ("batch", "loaded", "loads", "next_batch", "planned", "published", "waiters")
+    __slots__ = ("batch", "enabled", "loaded", "loads", "next_batch", "planned", "published", "refreshed_at", "waiters")
 
     def __init__(self, tenant: str) -> None:
         super().__init__(tenant)
         self.loaded = _Loaded(0, (0,), 0, None, Entry())
         self.loads = 0
         self.published: Evaluation | None = None
+        self.enabled: bool | None = None
         self.planned: Entry | None = None
+        self.refreshed_at = float("-inf")
         self.waiters = 0
         self.batch: _Batch | None = None
         self.next_batch: _Batch | None = None
@@ -186,6 +194,7 @@ class Cache:
         self._waits_after_failure = waits_after_failure
         self._max_waiters = max_waiters
         self._closed = False
+        self._started = False
         self._reader = Reader(
             store=store, source=source, clock=clock, random=random, windows=windows, timeout_seconds=timeout_seconds
         )
@@ -262,7 +271,7 @@ class Cache:
 
     def _evaluate_or_join(self, state: _Tenant) -> tuple[Evaluation, Flight | None]:
         """Return the evaluation, and the flight to wait for where the evaluation has nothing to serve."""
-        self.runner.start()
+        self._start()
         evaluation = self._evaluate(state)
         entry = evaluation.entry
         if evaluation.freshness is Freshness.FRESH or retry_at(entry) > self._clock.monotonic():
@@ -318,16 +327,16 @@ class Cache:
             return loaded.entry
         with state.lock:
             number = state.loads = state.loads + 1
-        versions, index = self._store.version_ref(state.tenant)
-        version: int | None = versions[index]
+        versions, place = self._store.version_ref(state.tenant)
+        version: int | None = versions[place]
         entry = self._store.load(state.tenant)
-        if not entry.verified:
+        if not entry.verified or not _is_at(self._store.version_ref(state.tenant), versions, place):
             version = None  # it is loaded again at the next look
         with state.lock:
             if number > state.loaded.number:
                 if entry == state.loaded.entry:
                     entry = state.loaded.entry
-                state.loaded = _Loaded(number, versions, index, version, entry)
+                state.loaded = _Loaded(number, versions, place, version, entry)
             return state.loaded.entry
 
     def _publish(self, state: _Tenant, evaluation: Evaluation) -> None:
@@ -342,9 +351,10 @@ class Cache:
             ):
                 return  # an entry only loses freshness with time, and another thread has published as much
             state.published = evaluation
-            had = before.entry.snapshot if before is not None else None
-            has = evaluation.entry.snapshot
-            changed = had is not None and has is not None and had.enabled is not has.enabled
+            had, snapshot = state.enabled, evaluation.entry.snapshot
+            changed = had is not None and snapshot is not None and had is not snapshot.enabled
+            if snapshot is not None:  # a store that lost the value does not change it
+                state.enabled = snapshot.enabled
             self.changes.enqueue(Change(state.tenant, ChangeKind.VALUE if changed else ChangeKind.STATE, evaluation))
         self.changes.flush()
 
@@ -395,14 +405,14 @@ class Cache:
         Raises:
             ReadError: The read failed; the value that is served otherwise stays as it was.
         """
-        self.runner.start()
+        self._start()
         state = self._states[tenant]
         entry = self._load(state)
         now = self._clock.monotonic()
         failure = entry.failure
         if failure is not None and failure.server_retry_at is not None and failure.server_retry_at > now:
             raise error_of(failure, now=now)
-        flight = self._join(state, generation=entry.generation, newer_than=entry.token, forced=True)
+        flight = self._join(state, generation=entry.generation, newer_than=0, forced=True)
         if not self.runner.wait(flight.done, 2 * self._timeout_seconds + WAIT_GRACE_SECONDS):
             raise Unavailable("the read did not end within its deadline; the read of another process may hang")
         error = flight.done.result(0)
@@ -420,7 +430,7 @@ class Cache:
         Returns:
             The result, and whether all who share the store see the invalidation.
         """
-        self.runner.start()
+        self._start()
         state = self._states[tenant]
         result, shared = self._invalidate_together(state, request)
         if not result.duplicate:
@@ -512,6 +522,7 @@ class Cache:
             when += degraded_jitter_seconds(
                 entry, random=self._random(), windows=self._windows, foreign=self._is_foreign(entry)
             )
+        when = max(when, state.refreshed_at + REFRESH_PAUSE_SECONDS)
         self.runner.at((state.tenant, "refresh"), when, partial(self._refresh_due, state, entry))
 
     def _refresh_due(self, state: _Tenant, planned: Entry) -> None:
@@ -521,6 +532,7 @@ class Cache:
             state.planned = None
         entry = self._evaluate(state).entry
         if entry is planned:
+            state.refreshed_at = self._clock.monotonic()
             self._join(state, generation=entry.generation, newer_than=last_token(entry))
         else:
             self._plan(state, entry)
@@ -529,9 +541,13 @@ class Cache:
 
     def start(self) -> None:
         """Start the threads of the store and of the background; idempotent."""
+        self._start()
+        self._sync_all()
+
+    def _start(self) -> None:
+        self._started = True
         self._store.start()
         self.runner.start()
-        self._sync_all()
 
     def _sync_all(self) -> None:
         for state in self._states.values():
@@ -557,14 +573,15 @@ class Cache:
         The child follows the store from now on and not from its first evaluation: one that is idle for minutes must
         not answer with a value that was invalidated meanwhile.
         """
-        started = any(state.planned is not None for state in self._states.values())
         self.runner.after_fork()
         self._store.after_fork()
         self.changes.after_fork()
-        self._states = {tenant: _Tenant(tenant) for tenant in self._states}
-        if started and not self._closed:
-            self._store.start()
-            self.runner.start()
+        known = self._states
+        self._states = {tenant: _Tenant(tenant) for tenant in known}
+        for tenant, state in self._states.items():
+            state.enabled = known[tenant].enabled
+        if self._started and not self._closed:
+            self._start()
             self.runner.at("after fork", self._clock.monotonic(), self._sync_all)  # not here: a load may wait
 
     def reopen(self) -> None:
@@ -592,6 +609,14 @@ class Cache:
             abort()
         self.runner.close(seconds)
         self._store.close()
+
+
+def _is_at(ref: tuple[Sequence[int], int], versions: Sequence[int], place: int) -> bool:
+    """Return whether a version word still stands where it was found.
+
+    Where it moved meanwhile, the word at the old place may have changed for the last time before it was read.
+    """
+    return ref[0] is versions and ref[1] == place
 
 
 def _shut_down() -> ReadError:

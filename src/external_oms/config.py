@@ -1,4 +1,4 @@
-"""The config API's document, and the values made of it: strict parsing, frozen results, no I/O.
+"""The config API's document, parsed strictly, and the values made of it; pure.
 
 Source: External OMS Config API v0 (`{"enabled": true}`) and its revision 0.1.0
 (`{"value": {"enabled": false}, "updated_at": "2021-07-13T20:18:25Z"}`).
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 from external_oms.errors import MalformedAnswer
 
@@ -32,7 +32,7 @@ ETAG = re.compile(r'(?:W/)?"[\x21\x23-\x7e]{0,256}"')
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """What the API said: the value, and since when where it says so."""
+    """The value, and when it was last changed, if the API says so."""
 
     enabled: bool
     updated_at: datetime | None = None
@@ -40,11 +40,11 @@ class Document:
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What one read of the API gave.
+    """The result of one read of the API.
 
     Attributes:
-        document: The document, or None where the API answered 304: the stored snapshot was validated.
-        etag: The validator for the next conditional read, where the API gave one.
+        document: The document, or None if the API answered 304: the stored snapshot is still current.
+        etag: The validator for the next conditional read, if the API gave one.
     """
 
     document: Document | None
@@ -52,7 +52,7 @@ class Reading:
 
 
 def parse_document(body: bytes) -> Document:
-    """The document in the body of a 200 answer.
+    """Return the document in the body of a 200 response.
 
     Args:
         body: The raw body; its size is bounded by the caller.
@@ -100,21 +100,39 @@ def _json_type(value: object) -> str:
     return names.get(type(value), "null")
 
 
+_INSTANT = re.compile(
+    r"(?P<minute>[0-9]{4}-[0-9]{2}-[0-9]{2}T(?:[01][0-9]|2[0-3]):[0-9]{2}):(?P<second>[0-9]{2})(?P<fraction>\.[0-9]+)?"
+    r"(?P<offset>Z|[+-][0-9]{2}:[0-9]{2})",
+    re.IGNORECASE,
+)
+
+
 def parse_instant(text: str) -> datetime:
-    """The moment that an RFC 3339 text names, in UTC.
+    """Return the instant that an RFC 3339 text names, in UTC; a leap second is the first second after it.
+
+    Source: RFC 3339 §5.6 (grammar; `datetime.fromisoformat` accepts far more of ISO 8601), §5.7 (leap seconds).
 
     Raises:
-        ValueError: It is not one, or it has no offset from UTC.
+        ValueError: The text is something else, or not an instant between the years 1 and 9999.
     """
-    moment = datetime.fromisoformat(text)
-    if moment.tzinfo is None:
-        raise ValueError(f"no offset from UTC in {text[:40]!r}")
+    found = _INSTANT.fullmatch(text)
+    if found is None:
+        raise ValueError(f"not an RFC 3339 instant: {text[:40]!r}")
+    minute, second, fraction, offset = found.group("minute", "second", "fraction", "offset")
+    leap = second == "60"
+    plain = f"{minute}:{'59' if leap else second}{'' if leap else fraction or ''}{offset}".upper()
     try:
-        return moment.astimezone(UTC)
+        moment = datetime.fromisoformat(plain).astimezone(UTC)
+        if not leap:
+            return moment
+        after = moment + timedelta(seconds=1)
     except OverflowError as error:
         raise ValueError(f"out of range: {text[:40]!r}") from error
+    if (after.day, after.hour, after.minute) != (1, 0, 0):
+        raise ValueError(f"a leap second only ends a month, in UTC: {text[:40]!r}")
+    return after
 
 
 def format_instant(moment: datetime) -> str:
-    """The RFC 3339 text of a moment, in UTC, to the millisecond."""
+    """Return the RFC 3339 text of an instant, in UTC, to the millisecond."""
     return moment.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")

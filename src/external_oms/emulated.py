@@ -8,6 +8,7 @@ import secrets
 import socket
 import threading
 import time
+import uuid
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -310,7 +311,7 @@ def json_answer(body: object, status: int = HTTPStatus.OK) -> Response:
 def problem_answer(status: int, error_code: str) -> Response:
     """A problem document by RFC 9457, with the platform's own members."""
     title = HTTPStatus(status).phrase if status in set(HTTPStatus) else "Error"
-    request_id = secrets.token_hex(8)
+    request_id = str(uuid.uuid4())
     body = {"type": "about:blank", "title": title, "status": status, "detail": title, "instance": request.path}
     body |= {"error_code": error_code, "message": title, "messages": [], "request_id": request_id}
     return Response(json.dumps(body), status, mimetype="application/problem+json")

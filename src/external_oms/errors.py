@@ -1,4 +1,4 @@
-"""Every error of this package, drawn once; each says what to do, none carries a secret or a server's raw text.
+"""The errors of this package. Each message says what to do; none contains a secret or text that a server wrote.
 
 ::
 
@@ -9,12 +9,12 @@
     │   ├── TokenError           no access token could be obtained
     │   ├── Unauthorized         401 or 403, also with a token obtained a moment ago
     │   ├── RateLimited          429; not before `retry_after_seconds` from now
-    │   ├── Unavailable          no connection, no answer in time, or 5xx
-    │   ├── MalformedAnswer      an answer that is not the API's document
-    │   └── LaggingAnswer        an answer older than one already seen
+    │   ├── Unavailable          no connection, no response in time, or 5xx
+    │   ├── MalformedAnswer      a response that is not the API's document
+    │   └── LaggingAnswer        a response older than one already seen
     ├── WriteError               the config API did not take the value                      .status
     │   ├── WriteConflict        409
-    │   └── WriteOutcomeUnknown  sent, but no answer: read back before you conclude
+    │   └── WriteOutcomeUnknown  sent, but no response: read the value back
     ├── NothingToServe           no value may be served for this tenant                     .tenant .failure
     ├── SignatureError           a delivery is not genuine
     └── StoreError               the shared store cannot be used
@@ -48,7 +48,7 @@ __all__ = [
 
 
 class ExternalOMSError(Exception):
-    """The root: catch it to catch everything that this package raises on purpose."""
+    """The base of all errors that this package raises on purpose."""
 
 
 class SettingsError(ExternalOMSError):
@@ -64,10 +64,10 @@ class SettingsError(ExternalOMSError):
 
 
 class TenantError(ExternalOMSError):
-    """The call names no tenant where several are configured, or one that is not configured.
+    """The call names no tenant although several are configured, or one that is not configured.
 
     Attributes:
-        tenant: What the call named, or None.
+        tenant: The name in the call, or None.
     """
 
     def __init__(self, tenant: str | None, problem: str) -> None:
@@ -79,9 +79,10 @@ class ReadError(ExternalOMSError):
     """The config API was not read.
 
     Attributes:
-        kind: One stable word for logs, metrics and the store.
-        status: The HTTP status, where there was one.
-        retry_after_seconds: Seconds the API asked to wait, already capped; None where it did not ask.
+        kind: A stable word for logs, metrics and the store.
+        status: The HTTP status, if there was a response.
+        retry_after_seconds: The Retry-After of the response in seconds, capped, >= 0; None if it had none. This is the
+            server's wish alone: back-off of our own is never added to it.
     """
 
     kind: ClassVar[str] = "error"
@@ -99,7 +100,7 @@ class TokenError(ReadError):
 
 
 class Unauthorized(ReadError):
-    """The API answered 401 or 403, also to a token obtained for this very read."""
+    """The API answered 401 or 403, also with a token obtained for this read."""
 
     kind = "unauthorized"
 
@@ -111,13 +112,13 @@ class RateLimited(ReadError):
 
 
 class Unavailable(ReadError):
-    """No connection, no whole answer within the deadline, a redirect, or a 5xx."""
+    """No connection, no complete response within the deadline, a redirect, or a 5xx."""
 
     kind = "unavailable"
 
 
 class MalformedAnswer(ReadError):
-    """The API answered 200 with something that is not its document; never taken for a value."""
+    """The API answered 200 with something that is not its document, and never treated as a value."""
 
     kind = "malformed"
 
@@ -132,14 +133,14 @@ READ_ERRORS: dict[str, type[ReadError]] = {
     error.kind: error
     for error in (ReadError, TokenError, Unauthorized, RateLimited, Unavailable, MalformedAnswer, LaggingAnswer)
 }
-"""The read errors by their stable word: how a failure that another process stored becomes an error again."""
+"""The read errors by kind: a failure that another process stored becomes an error again."""
 
 
 class WriteError(ExternalOMSError):
     """The config API did not take the value.
 
     Attributes:
-        status: The HTTP status, where there was one.
+        status: The HTTP status, if there was a response.
     """
 
     def __init__(self, message: str, *, status: int | None = None) -> None:
@@ -148,11 +149,11 @@ class WriteError(ExternalOMSError):
 
 
 class WriteConflict(WriteError):
-    """The API answered 409: the configuration cannot be changed in its present state."""
+    """The API answered 409: the value cannot be changed in its present state."""
 
 
 class WriteOutcomeUnknown(WriteError):
-    """The request was sent and no answer came: the value may have changed, or not."""
+    """The request was sent and no response came, or a 5xx: the value may have changed, or not."""
 
 
 class NothingToServe(ExternalOMSError):
@@ -160,7 +161,7 @@ class NothingToServe(ExternalOMSError):
 
     Attributes:
         tenant: The tenant asked for.
-        failure: The read error that stands in the way, or None where no read has ended yet.
+        failure: The error of the last read, or None if no read has ended yet.
     """
 
     def __init__(self, tenant: str, failure: ReadError | None) -> None:
@@ -171,11 +172,11 @@ class NothingToServe(ExternalOMSError):
 
 
 class SignatureError(ExternalOMSError):
-    """A delivery is not genuine; the message is for the log, the sender is told nothing."""
+    """A delivery is not genuine. The message is for the log; the sender is not told the reason."""
 
 
 class StoreError(ExternalOMSError):
-    """The shared store cannot be used: where it is, what is wrong with it, what to do."""
+    """The shared store cannot be used; the message says where it is, what is wrong, and what to do."""
 
 
 class StoreBusy(StoreError):

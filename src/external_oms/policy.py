@@ -230,7 +230,7 @@ def refresh_at(entry: Entry, *, now: float, random: float, spread_seconds: float
     ends = stale_at(entry)
     if ends is None or entry.snapshot is None or entry.failure is not None or ends <= now:
         return max(now, retry_at(entry)) + herd_jitter_seconds(spread_seconds, random)
-    lifetime_seconds = ends - entry.snapshot.read_at
+    lifetime_seconds = max(0.0, ends - entry.snapshot.read_at)
     if foreign and spread_seconds > 0 and lifetime_seconds < SHORT_LIFETIME_SECONDS:
         return ends + herd_jitter_seconds(spread_seconds, random)
     return max(now, ends - early_refresh_seconds(lifetime_seconds, random))

@@ -142,7 +142,7 @@ class Scheduler:
     def wait(self, future: Future[Any], seconds: float) -> bool:
         """Block until the future is done, for at most so many seconds; return whether it is done."""
         try:
-            future.result(max(0.0, min(seconds, threading.TIMEOUT_MAX)))
+            future.exception(max(0.0, min(seconds, threading.TIMEOUT_MAX)))  # does not raise what the future holds
         except FutureTimeoutError:
             return False
         return True
@@ -177,7 +177,8 @@ class Scheduler:
                 if pool.closing:
                     return
                 now = self._clock.monotonic()
-                ready = [pool.due.pop(key)[1] for key in [key for key, due in pool.due.items() if due[0] <= now]]
+                keys = sorted((key for key, due in pool.due.items() if due[0] <= now), key=lambda key: pool.due[key][0])
+                ready = [pool.due.pop(key)[1] for key in keys]
                 if pool.poll_now or (self._poll_seconds is not None and now >= next_poll):
                     pool.poll_now = False
                     next_poll = now + (self._poll_seconds or 0.0)

@@ -1,14 +1,15 @@
-"""One table of settings: name, default, unit, reason; contradictions are refused here and nowhere else."""
+"""The table of settings: names, defaults, units and reasons; contradictions are refused here and nowhere else."""
 
 from __future__ import annotations
 
 import json
 import os
-import tomllib
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, SecretStr, ValidationError, field_validator
+from pydantic import BeforeValidator, Field, PlainSerializer, SecretStr, ValidationError, field_validator
 from pydantic_settings import (
     BaseSettings,
     NoDecode,
@@ -18,12 +19,16 @@ from pydantic_settings import (
 
 from external_oms.errors import SettingsError
 from external_oms.policy import Windows
+from external_oms.settings_errors import refuse_unknown_variables, settings_error
+from external_oms.store_url import StoreURL, check_store_url
 from external_oms.tenants import (
     DEFAULT_BASE_URL,
     DEFAULT_CONFIG_PATH,
     DEFAULT_TOKEN_URL,
     TenantSettings,
     check_credentials,
+    check_header_text,
+    check_secret,
     is_tenant_name,
     safe_path,
     safe_url,
@@ -34,14 +39,12 @@ __all__ = ["ENV_PREFIX", "Settings", "TenantSettings", "listed"]
 ENV_PREFIX = "EXTERNAL_OMS_"
 CONFIG_FILE_VARIABLE = f"{ENV_PREFIX}CONFIG_FILE"
 
-_STORE_SCHEMES = ("memory", "sqlite", "redis", "rediss", "redis+sentinel", "redis+cluster", "rediss+cluster", "unix")
-
 
 def listed(given: object) -> object:
-    """A list out of the environment: JSON, or separated by commas; anything but a text as it is.
+    """Return a list from the environment: JSON, or separated by commas; anything but text as it is.
 
     Raises:
-        ValueError: It begins as JSON does and is none.
+        ValueError: It begins as JSON does, and is not JSON.
     """
     if not isinstance(given, str):
         return given
@@ -52,8 +55,9 @@ def listed(given: object) -> object:
 
 
 def _mapped(given: object) -> object:
-    """A mapping out of the environment: JSON."""
-    return _json(given, "must be JSON") if isinstance(given, str) else given
+    """Return a mapping from the environment: JSON."""
+    example = """must be JSON, such as {"acme": {"access_token": "…"}}"""
+    return _json(given, example) if isinstance(given, str) else given
 
 
 def _json(text: str, otherwise: str) -> object:
@@ -71,22 +75,36 @@ Seconds = Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)]
 SecondsOrNone = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
 
 
+def _file_of(setting: str, keywords: Mapping[str, object]) -> str | None:
+    """Return the TOML file if a setting comes from there, since neither a keyword nor the environment has it."""
+    elsewhere = setting in keywords or f"{ENV_PREFIX}{setting}".upper() in os.environ
+    return None if elsewhere else os.environ.get(CONFIG_FILE_VARIABLE)
+
+
 class _TomlFile(PydanticBaseSettingsSource):
     """The TOML file that EXTERNAL_OMS_CONFIG_FILE names, as a source of settings."""
 
     def get_field_value(self, field: object, field_name: str) -> tuple[Any, str, bool]:  # noqa: ARG002 - as the base
-        """Unused: the file is read whole."""
+        """Return nothing: the file is read as a whole."""
         return None, field_name, False
 
     def __call__(self) -> dict[str, Any]:
+        import tomllib  # noqa: PLC0415 - few have such a file
+
         named = os.environ.get(CONFIG_FILE_VARIABLE)
         if not named:
             return {}
         try:
             return tomllib.loads(Path(named).expanduser().read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            problem = error.strerror if isinstance(error, OSError) else "it is not UTF-8 TOML"
-            raise SettingsError("config_file", f"{named} cannot be read: {problem}") from error
+        except tomllib.TOMLDecodeError as error:
+            # Only the place: the rest of the message may quote the file, which holds secrets.
+            place = re.search(r"at (?:line \d+, column \d+|end of document)", str(error))
+            problem, cause = f"it is not TOML {place[0] if place else ''}".rstrip(), None
+        except UnicodeDecodeError:
+            problem, cause = "it is not UTF-8", None
+        except (OSError, RecursionError) as error:
+            problem, cause = getattr(error, "strerror", None) or "it is nested too deeply", error
+        raise SettingsError("config_file", f"{named} cannot be read: {problem}") from cause
 
 
 class Settings(BaseSettings):
@@ -104,8 +122,8 @@ class Settings(BaseSettings):
         stale_if_error_seconds: How long after that it may be served while reads fail. 3600: an outage of an hour
             routes on.
         when_expired: What is served after that: the caller's `default` (as an error), `on`, `off`, or the `last` value.
-        timeout_seconds: The whole of one read, redirects of attention and token included. 5.
-        retry_after_max_seconds: The most that a Retry-After is believed. 300: a wrong date must not silence a tenant.
+        timeout_seconds: The limit of one read, obtaining a token included. 5.
+        retry_after_max_seconds: The longest Retry-After that is obeyed. 300: a wrong date must not silence a tenant.
         refresh: `background`: a thread reads before values grow stale; `lazy`: evaluations cause the reads.
         max_concurrent_reads: Reads at once in one process, over all tenants. 16: a few hanging tenants leave room.
         store: How far an invalidation reaches: `memory://`, `sqlite:////path/state.db`, `redis://…`.
@@ -114,12 +132,14 @@ class Settings(BaseSettings):
         history_rows: How many rows of history are kept per store. 10000.
         history_seconds: And for how long. 30 days.
         webhook_secrets: Standard Webhooks secrets (`whsec_…`); several while rotating.
-        webhook_api_keys: Keys that a sender of deliveries may show as a bearer instead.
+        webhook_api_keys: Keys that a sender of deliveries may show as a bearer instead; 8 characters or more.
         webhook_tolerance_seconds: How far a delivery's timestamp may be off. 300, as Standard Webhooks asks.
         webhook_max_bytes: The largest delivery. 65536; the specification asks senders to stay under 20 kB.
         webhook_per_minute: How many deliveries of one tenant, and how many refused ones of one address, are taken
             a minute.
             6000: a storm raises the generation each time and costs few reads, so this only bounds a flood.
+        max_waiters_per_tenant: Deliveries of one tenant that wait for its read at once in one process; the others are
+            answered 202 at once. 16: a tenant whose API hangs leaves threads for the others.
         writes_per_minute: How often one name may switch, and how often have the API read, a minute. 60: as often as
             the API likes.
         logins_per_minute: How often one address may try to log in, a minute. 10: no person mistypes faster.
@@ -141,6 +161,7 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(
         env_prefix=ENV_PREFIX,
+        defer_build=True,  # a fifth of what importing the package would take; built where the first object is made
         env_ignore_empty=True,
         extra="forbid",
         frozen=True,
@@ -165,11 +186,11 @@ class Settings(BaseSettings):
     when_expired: Literal["default", "on", "off", "last"] = "default"
     timeout_seconds: Seconds = 5.0
     retry_after_max_seconds: Seconds = 300.0
-    max_waiters_per_tenant: Annotated[int, Field(ge=0, le=10_000)] = 16
     refresh: Literal["background", "lazy"] = "background"
     max_concurrent_reads: Annotated[int, Field(ge=1, le=256)] = 16
 
-    store: str = "memory://"
+    # As JSON too it shows no password.
+    store: Annotated[str, PlainSerializer(str, when_used="json")] = StoreURL("memory://")
     store_prefix: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:-]{1,64}$")] = "external_oms"
     store_bound_seconds: Seconds = 5.0
     history_rows: Annotated[int, Field(ge=1)] = 10_000
@@ -181,6 +202,7 @@ class Settings(BaseSettings):
     webhook_max_bytes: Annotated[int, Field(ge=1, le=16 * 1024 * 1024)] = 65_536
 
     webhook_per_minute: Annotated[int, Field(ge=1)] = 6000
+    max_waiters_per_tenant: Annotated[int, Field(ge=0, le=4096)] = 16
     writes_per_minute: Annotated[int, Field(ge=1)] = 60
     logins_per_minute: Annotated[int, Field(ge=1)] = 10
     evaluations_per_minute: Annotated[int, Field(ge=1)] = 60_000
@@ -197,24 +219,19 @@ class Settings(BaseSettings):
     insecure: bool = False
 
     def __init__(self, **given: Any) -> None:  # noqa: ANN401 - pydantic's own constructor takes anything and checks it
-        """Gather, check, refuse.
+        """Gather and check the settings.
 
         Raises:
             SettingsError: A setting is unknown, malformed or contradicts another.
         """
-        unknown = sorted(
-            name
-            for name in os.environ
-            if name.startswith(ENV_PREFIX)
-            and name != CONFIG_FILE_VARIABLE
-            and name.removeprefix(ENV_PREFIX).lower() not in type(self).model_fields
-        )
-        if unknown:
-            raise SettingsError(unknown[0], "no such setting; the table of settings is in docs/settings.md")
+        fields = type(self).model_fields
+        refuse_unknown_variables(os.environ, fields, prefix=ENV_PREFIX, also=CONFIG_FILE_VARIABLE)
         try:
             super().__init__(**given)
         except ValidationError as error:
-            raise _explained(error) from None  # pydantic's own text may quote the input, which may be a secret
+            first = error.errors(include_url=False)[0]
+            # Without pydantic's error: it may quote the input, which may be a secret.
+            raise settings_error(first, fields, file=_file_of(str(first["loc"][0]), given)) from None
         self._refuse_contradictions()
 
     @classmethod
@@ -236,7 +253,6 @@ class Settings(BaseSettings):
                 f"{self.ttl_seconds:g} is below timeout_seconds ({self.timeout_seconds:g}): a value could grow stale "
                 "during its own read; raise the one or lower the other",
             )
-        _check_store(self.store)
         if self.tenant is None and not self.tenants:
             raise SettingsError("tenant", "is not set; name the tenant, such as acme-staging, or several in tenants")
         if self.tenant is not None and self.tenants:
@@ -251,6 +267,40 @@ class Settings(BaseSettings):
                 )
             check_credentials("" if self.tenant is not None else f"tenants.{name}.", reached)
         self._refuse_shared_addresses()
+        self._refuse_weak_secrets()
+        self._refuse_ambiguous_identities()
+
+    def _refuse_weak_secrets(self) -> None:
+        for number, secret in enumerate(self.webhook_secrets, start=1):
+            check_secret("webhook_secrets", secret.get_secret_value(), entry=number)
+        for number, key in enumerate(self.webhook_api_keys, start=1):
+            check_header_text("webhook_api_keys", key.get_secret_value(), entry=number)
+            if len(key.get_secret_value()) < _LEAST_KEY:
+                advice = f"entry {number} is shorter than {_LEAST_KEY} characters; try `openssl rand -base64 32`"
+                raise SettingsError("webhook_api_keys", advice)
+        if self.session_secret is not None:
+            check_secret("session_secret", self.session_secret.get_secret_value())
+
+    def _refuse_ambiguous_identities(self) -> None:
+        digests: set[str] = set()
+        roles: dict[str, str] = {}
+        for number, entry in enumerate(self.api_keys, start=1):
+            (name, _, rest), problem = entry.partition(":"), ""
+            role, _, digest = rest.lower().partition(":")
+            if digest == _HASH_OF_NOTHING:
+                problem = "is the hash of an empty key; make one with `external-oms keys new`"
+            elif digest in digests:
+                problem = "has the key of another entry; a key has one name and one role"
+            elif roles.setdefault(name, role) != role:
+                problem = "gives a name another role than an entry before it; a name has one role"
+            if problem:
+                raise SettingsError("api_keys", f"entry {number} {problem}")
+            digests.add(digest)
+        for given in self.trusted_proxies:
+            if given.endswith("/0"):
+                raise SettingsError("trusted_proxies", f"{given!r} is every address, so anybody could give any name")
+        if not re.fullmatch(r"[A-Za-z0-9-]{1,64}", self.identity_header) or self.identity_header.lower() in _NO_NAMES:
+            raise SettingsError("identity_header", f"{self.identity_header[:80]!r} is not a header that names a person")
 
     def _refuse_shared_addresses(self) -> None:
         """Two tenants at one address would be one configuration under two names, read with two tenants' tokens."""
@@ -277,6 +327,12 @@ class Settings(BaseSettings):
         own = {"access_token": self.access_token, "client_id": self.client_id, "client_secret": self.client_secret}
         return {self.tenant: TenantSettings(**shared, **own)}
 
+    @field_validator("store")
+    @classmethod
+    def _checked_store(cls, given: str) -> str:
+        check_store_url(given)
+        return StoreURL(given)
+
     @field_validator("base_url", "token_url")
     @classmethod
     def _safe_url(cls, given: str) -> str:
@@ -301,29 +357,11 @@ class Settings(BaseSettings):
         return type(self)(**{name: getattr(self, name) for name in self.model_fields_set} | changes)
 
 
-def _check_store(store: str) -> None:
-    scheme, separator, rest = store.partition("://")
-    allowed = "memory://, sqlite:////absolute/path.db, redis://host:6379/0, rediss://…"
-    if not separator or scheme not in _STORE_SCHEMES:
-        raise SettingsError("store", f"the scheme is not one of those allowed: {allowed}")
-    if scheme == "sqlite" and not (rest.startswith("//") and rest.strip("/")):
-        raise SettingsError(
-            "store", "a sqlite store is named by an absolute path: sqlite:////var/lib/external-oms/state.db"
-        )
-    if scheme == "memory" and rest:
-        raise SettingsError("store", "the memory store takes no path: memory://")
+_LEAST_KEY = 8
+"""Characters of a webhook key: fewer are found by trying."""
 
+_HASH_OF_NOTHING = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+"""SHA-256 of an empty key, which every request would show."""
 
-def _explained(error: ValidationError) -> SettingsError:
-    """Pydantic's first complaint in our form: the name, what was given (never a secret), what is allowed."""
-    first = error.errors(include_input=True, include_url=False)[0]
-    place = [str(part) for part in first["loc"]]
-    setting = ".".join(part for part in place if not part.startswith("function-")) or "settings"
-    if first["type"] == "extra_forbidden":
-        return SettingsError(setting, "no such setting; the table of settings is in docs/settings.md")
-    given = first.get("input")
-    shown = ""
-    secret = any(word in setting for word in ("secret", "token", "key", "store")) or setting == "tenants"
-    if not secret and isinstance(given, str | int | float | bool) and "@" not in str(given):  # a URL with a password
-        shown = f"{str(given)[:80]!r} given; "
-    return SettingsError(setting, shown + str(first["msg"]).removeprefix("Value error, "))
+_NO_NAMES = frozenset({"authorization", "cookie", "host", "proxy-authorization", "x-api-key", "x-forwarded-for"})
+"""Headers that say something else than who asks."""

@@ -10,6 +10,7 @@ not force a new read and that know no newer generation than the read; the others
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError
@@ -52,6 +53,9 @@ STORE_RETRY_SECONDS = 0.05
 
 LOST_LEASE_SECONDS = 1.0
 """The pause after the store lost a lease: the API is read again at most once a second, however much the store loses."""
+
+NO_STORED_RESULT = sys.maxsize
+"""The `newer_than` of a forced read: no result that is stored now will do, whatever this process knows of it."""
 
 _BUG = "unexpected error while reading the config API; this is a bug in external_oms, please report it"
 
@@ -156,12 +160,15 @@ def join(slot: Slot, *, generation: int, newer_than: int, forced: bool, until: f
         forced: Whether only a read that starts after this call will do.
         until: The instant at which a new flight gives up.
     """
+    if forced:
+        newer_than = NO_STORED_RESULT
     flight = slot.flight
     if flight is None:
         slot.flight = Flight(forced=forced, newer_than=newer_than, until=until)
         return slot.flight, True
-    if flight.generation is not None:
-        if not forced and flight.generation >= generation:
+    ended = flight.done.done()  # and is not detached yet: its result is older than this call
+    if flight.generation is not None or ended:
+        if flight.generation is not None and not (forced or ended) and flight.generation >= generation:
             return flight, False
         if slot.next_flight is None:
             slot.next_flight = Flight(forced=forced, newer_than=newer_than, until=until)
@@ -265,8 +272,8 @@ class Reader:
         with slot.lock:
             if flight.contended_since is None:
                 flight.contended_since = now
-                if flight.forced:  # the read that holds the lease began before this flight, as far as can be told
-                    flight.newer_than = max(flight.newer_than, busy.token)
+            if flight.newer_than == NO_STORED_RESULT:  # the read that holds the lease may have begun before the call
+                flight.newer_than = busy.token
         if first:
             self.lease_waits.send(slot.tenant)
         waited_seconds = now - (flight.contended_since or now)

@@ -1,4 +1,4 @@
-"""How one tenant's config API is reached: addresses that lead nowhere else, and credentials of its own."""
+"""How one tenant's config API is reached: URLs that lead to no other host, and credentials of its own."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ __all__ = [
     "DEFAULT_TOKEN_URL",
     "TenantSettings",
     "check_credentials",
+    "check_header_text",
+    "check_secret",
     "is_loopback",
     "is_tenant_name",
     "safe_path",
@@ -31,7 +33,7 @@ _TENANT = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
 
 
 def is_loopback(host: str | None) -> bool:
-    """Whether a host name or address never leaves this machine."""
+    """Return whether a host name or address never leaves this machine."""
     if host is None:
         return False
     if host == "localhost" or host.endswith(".localhost"):
@@ -43,16 +45,18 @@ def is_loopback(host: str | None) -> bool:
 
 
 def is_tenant_name(name: str) -> bool:
-    """Whether a tenant can have this name: `[a-z0-9-]`, 1 to 63 characters."""
+    """Return whether a tenant can have this name: `[a-z0-9-]`, 1 to 63 characters."""
     return _TENANT.fullmatch(name) is not None
 
 
 def safe_url(given: str) -> str:
-    """An address that may be called, without a slash at its end.
+    """Return a URL that may be called, without a slash at its end.
 
     Raises:
-        ValueError: It is not https, and not http on loopback either; or it has a query, a fragment or credentials.
+        ValueError: It is not https, and not http on loopback either; or it has a query, a fragment, credentials, white
+            space or a control character.
     """
+    _refuse_white_space(given)  # urlsplit drops some of it before anything else can look
     parts = urlsplit(given.replace("{tenant}", "tenant"))
     if not parts.hostname or parts.query or parts.fragment or parts.username or parts.password:
         raise ValueError("must be an absolute URL without query, fragment or credentials")
@@ -62,14 +66,20 @@ def safe_url(given: str) -> str:
 
 
 def safe_path(given: str) -> str:
-    """A path that stays below its host.
+    """Return a path that stays below its host.
 
     Raises:
-        ValueError: It is not absolute, or leads elsewhere.
+        ValueError: It is not absolute, leads elsewhere, or contains white space or a control character.
     """
+    _refuse_white_space(given)
     if not given.startswith("/") or given.startswith("//") or "?" in given or "#" in given or ".." in given:
         raise ValueError("must be an absolute path, such as /v0/config/external_oms")
     return given
+
+
+def _refuse_white_space(given: str) -> None:
+    if " " in given or not given.isprintable():
+        raise ValueError("must not contain white space or control characters; is there a newline at its end?")
 
 
 class TenantSettings(BaseModel):
@@ -87,7 +97,7 @@ class TenantSettings(BaseModel):
         scope: the scopes to ask for, separated by spaces; empty asks for the client's own.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True, defer_build=True)
 
     base_url: str = DEFAULT_BASE_URL
     config_path: str = DEFAULT_CONFIG_PATH
@@ -109,40 +119,74 @@ class TenantSettings(BaseModel):
         return safe_path(given)
 
     def config_url(self, tenant: str) -> str:
-        """The address of the tenant's configuration."""
+        """Return the URL of the tenant's configuration."""
         return self.base_url.replace("{tenant}", tenant) + self.config_path
 
     def token_endpoint(self, tenant: str) -> str:
-        """The address of the tenant's token endpoint."""
+        """Return the URL of the tenant's token endpoint."""
         return self.token_url.replace("{tenant}", tenant)
 
 
-def check_credentials(prefix: str, reached: TenantSettings) -> None:
-    """Refuse a tenant without credentials, or with two kinds of them.
+def check_credentials(prefix: str, given: TenantSettings) -> None:
+    """Refuse a tenant without credentials, with two kinds of them, or with malformed ones.
 
     Args:
         prefix: What stands before a setting's name in messages, such as `tenants.acme.`.
-        reached: The tenant's settings.
+        given: The tenant's settings.
 
     Raises:
-        SettingsError: As said.
+        SettingsError: The credentials are missing, contradict each other or are malformed.
     """
-    client = (reached.client_id, reached.client_secret)
-    if reached.access_token is not None and any(part is not None for part in client):
+    client = (given.client_id, given.client_secret)
+    if given.access_token is not None and any(part is not None for part in client):
         raise SettingsError(
             f"{prefix}access_token", "is set beside client_id or client_secret; set the token or the client, not both"
         )
-    if reached.access_token is not None:
-        _check_header_text(f"{prefix}access_token", reached.access_token)
+    if given.access_token is not None:
+        check_header_text(f"{prefix}access_token", given.access_token.get_secret_value())
         return
-    if all(part is None for part in client):
+    if given.client_id is None and given.client_secret is None:
         raise SettingsError(f"{prefix}access_token", "no credentials: set access_token, or client_id and client_secret")
-    if any(part is None for part in client):
-        missing = "client_id" if reached.client_id is None else "client_secret"
+    if given.client_id is None or given.client_secret is None:
+        missing = "client_id" if given.client_id is None else "client_secret"
         raise SettingsError(f"{prefix}{missing}", "is not set beside its other half; client credentials are a pair")
+    check_secret(f"{prefix}client_id", given.client_id)
+    check_secret(f"{prefix}client_secret", given.client_secret.get_secret_value())
 
 
-def _check_header_text(setting: str, secret: SecretStr) -> None:
-    text = secret.get_secret_value()
-    if not text or not text.isascii() or any(c.isspace() or not c.isprintable() for c in text):
-        raise SettingsError(setting, "must be printable ASCII without spaces; is there a newline at its end?")
+def check_header_text(setting: str, text: str, *, entry: int | None = None) -> None:
+    """Refuse a secret that cannot be sent as a token in a header.
+
+    Args:
+        setting: The setting's name.
+        text: The secret.
+        entry: Its number, if the setting is a list.
+
+    Raises:
+        SettingsError: It is empty, or not printable ASCII without spaces; the message does not contain it.
+    """
+    if not text or not text.isascii() or not text.isprintable() or " " in text:
+        which = "" if entry is None else f"entry {entry} "
+        raise SettingsError(setting, f"{which}must be printable ASCII without spaces; is there a newline at its end?")
+
+
+def check_secret(setting: str, text: str, *, entry: int | None = None) -> None:
+    """Refuse a secret that is empty, or begins or ends with white space: it would be compared or sent as it is.
+
+    Args:
+        setting: The setting's name.
+        text: The secret.
+        entry: Its number, if the setting is a list.
+
+    Raises:
+        SettingsError: It is; the message does not contain it.
+    """
+    which = "" if entry is None else f"entry {entry} "
+    if not text:
+        raise SettingsError(setting, f"{which}is empty")
+    if text != text.strip():
+        raise SettingsError(
+            setting,
+            f"{which}begins or ends with white space; files and Kubernetes secrets often end with a newline: remove it "
+            "(`printf %s` writes none, `echo` does)",
+        )

@@ -1,386 +1,407 @@
-"""One call over requests, bounded whole: its time by one deadline, its answer by one limit, its end by any thread.
+"""HTTP calls with a total deadline, a response size limit, and cancellation from other threads.
 
-`requests` bounds each socket operation, so a peer that sends a byte now and then holds a caller for ever. Here every
-socket of a call is duplicated as it is made; at the deadline, or by `abort`, another thread shuts the connection down
-through the duplicate, and the caller wakes. The duplicate is ours to close: the number of its descriptor can never have
-come to mean another connection, and it outlives `SSLSocket`, which detaches the socket it wraps.
+`requests` limits each socket operation, so a server that sends one byte now and then holds a caller without end. Here
+every socket of a call is duplicated when it is made. At the deadline, or by `abort`, another thread shuts the
+connection down through the duplicate, and the caller wakes up. Only the `Deadline` closes the duplicate, so its
+descriptor never refers to another connection, and it outlives `SSLSocket`, which detaches the socket that it wraps.
 """
 
 from __future__ import annotations
 
-# Two that the standard library and requests would import at the first call, in a reader thread: a fork in the middle of
-# an import leaves the module's lock held for ever in the child.
-import encodings.idna  # noqa: F401 - imported for its being there
+# Two modules that the first call would import in a worker thread: a fork during an import leaves the lock of the module
+# held in the child for ever.
+import encodings.idna  # noqa: F401 - imported for its side effect
+import http.client
+import math
 import netrc  # noqa: F401 - likewise
 import socket
+import ssl
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from datetime import UTC
+from email.utils import parsedate_to_datetime
+from functools import cache, lru_cache, partial
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import requests
 from requests.adapters import HTTPAdapter
 from urllib3.connection import HTTPConnection, HTTPSConnection
-from urllib3.connectionpool import ConnectionPool, HTTPConnectionPool
 from urllib3.exceptions import NameResolutionError, NewConnectionError
-from urllib3.util.connection import allowed_gai_family
+from urllib3.util.ssl_ import create_urllib3_context
 
 from external_oms.clock import Clock
 from external_oms.errors import MalformedAnswer, ReadError, Unavailable
 
-__all__ = ["MAX_ANSWER_BYTES", "USER_AGENT", "Answer", "Call", "Signer", "Transport"]
+__all__ = ["MAX_RESPONSE_BYTES", "Deadline", "Response", "Transport", "parse_retry_after"]
 
-MAX_ANSWER_BYTES = 64 * 1024
-"""The most of an answer that is read, after decoding; the API's document has some eighty bytes."""
+MAX_RESPONSE_BYTES = 64 * 1024
+"""The most that is read of a response body, after decoding. The API's document has some eighty bytes."""
 
-try:
-    USER_AGENT = f"external-oms/{version('openfeature-provider-external-oms')}"
-except PackageNotFoundError:  # pragma: no cover - run from a source tree that was never installed
-    USER_AGENT = "external-oms/0"
-
-Signer = Callable[[requests.PreparedRequest], requests.PreparedRequest]
-"""What puts the credentials into a request. Never a plain header: requests would let a ~/.netrc overwrite it."""
+_BROKEN = "the connection broke before the response was complete"
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
-    """What came back.
+class Response:
+    """A response, whatever its status.
 
     Attributes:
         status: The HTTP status.
-        headers: The headers; their case does not matter.
-        body: The body, decoded; empty where it did not come whole.
-        trouble: Why the body did not come whole, to be raised by whoever needs it; None where it did.
+        headers: The headers, by names in any case.
+        body: The decoded body; empty if it is incomplete.
+        body_error: Why the body is incomplete, to be raised by callers that need it; None if it is complete.
     """
 
     status: int
     headers: Mapping[str, str]
     body: bytes
-    trouble: ReadError | None = None
+    body_error: ReadError | None = None
 
 
-class Call:
-    """The exchanges of one read or write: one deadline for them together, and one switch that ends them.
+class Deadline:
+    """The time limit of one read or write, for all its requests together; any thread can end it early.
 
     Attributes:
-        subject: Who is called, for messages.
-        deadline: When it ends, seconds on the monotonic clock.
-        sent: Whether the last request may have reached the other side.
+        at: When it passes, seconds on the monotonic clock.
+        sent: Whether the last request may have reached the server.
     """
 
-    def __init__(self, subject: str, deadline: float, clock: Clock) -> None:
-        self.subject = subject
-        self.deadline = deadline
+    def __init__(self, at: float, *, subject: str, clock: Clock) -> None:
+        self.at = at
         self.sent = False
+        self._subject = subject
         self._clock = clock
-        self._seconds = max(0.0, deadline - clock.monotonic())
+        whole = max(0.0, at - clock.monotonic())
+        self._late = f"no complete response within {whole:.3g} s; raise timeout_seconds if the server is slow"
         self._lock = threading.Lock()
-        self._lines: list[socket.socket] = []
+        self._sockets: list[socket.socket] = []
         self._timer: threading.Timer | None = None
-        self._ended: str | None = None
+        self._reason: str | None = None
 
     def remaining_seconds(self) -> float:
-        """The seconds left, > 0.
+        """Return the seconds left, > 0.
 
         Raises:
-            Unavailable: None are left, or the call was ended.
+            Unavailable: The deadline has passed, or was ended early.
         """
-        left = self.deadline - self._clock.monotonic()
+        left = self.at - self._clock.monotonic()
         if left <= 0:
-            self.end(self._too_late())
-        if self._ended is not None:
-            raise Unavailable(f"{self.subject}: {self._ended}")
+            self.abort()
+        if self._reason is not None:
+            raise Unavailable(f"{self._subject}: {self._reason}")
         return left
 
-    def hold(self, line: socket.socket) -> None:
-        """Take a socket under the deadline.
+    def watch(self, sock: socket.socket) -> None:
+        """Shut this socket down when the deadline ends.
 
         Raises:
-            Unavailable: The call has ended already.
+            Unavailable: It has ended.
         """
         left = self.remaining_seconds()
         with self._lock:
-            self._lines.append(line.dup())
+            self._sockets.append(sock.dup())
             if self._timer is None:
-                timer = threading.Timer(left, self.end, (self._too_late(),))
+                timer = threading.Timer(left, self.abort)
                 timer.daemon = True
                 timer.start()
                 self._timer = timer
-        self.remaining_seconds()  # ended between the two: then nobody shut this line
+        self.remaining_seconds()  # if it ended before the socket was on the list, nobody shut the socket down
 
-    def end(self, reason: str) -> None:
-        """End the call from any thread: whoever waits on one of its sockets wakes; only the first reason counts."""
+    def abort(self, reason: str | None = None) -> None:
+        """End it from any thread: a caller that waits on a socket wakes up.
+
+        Args:
+            reason: Why, for the error; None: the time is over. Only the first reason is reported.
+        """
         with self._lock:
-            self._ended = self._ended or reason
-            for line in self._lines:
-                with suppress(OSError):  # not connected, or closed by the other side
-                    line.shutdown(socket.SHUT_RDWR)
+            self._reason = self._reason or reason or self._late
+            for sock in self._sockets:
+                with suppress(OSError):  # not connected yet, or closed by the peer
+                    sock.shutdown(socket.SHUT_RDWR)
+
+    def error(self, cause: Exception, otherwise: str) -> Unavailable:
+        """Return the error for a request that failed: why the deadline ended, or else the given text."""
+        if isinstance(cause, requests.Timeout | TimeoutError):
+            self.abort()
+        return Unavailable(f"{self._subject}: {self._reason or otherwise}")
 
     def close(self) -> None:
-        """Leave nothing behind: neither a descriptor nor the thread of the timer."""
+        """Release the descriptors and the timer's thread."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer.join()
         with self._lock:
-            for line in self._lines:
-                line.close()
-            self._lines.clear()
+            for sock in self._sockets:
+                sock.close()
+            self._sockets.clear()
 
-    def failure(self, error: Exception) -> Unavailable:
-        """The error that a foreign one amounts to, in our words."""
-        if isinstance(error, requests.Timeout | TimeoutError) and self._ended is None:
-            self._ended = self._too_late()
-        return Unavailable(f"{self.subject}: {self._ended or _explained(error)}")
 
-    def _too_late(self) -> str:
-        return f"no whole answer within {round(self._seconds, 2):g} s; raise timeout_seconds if it is only slow"
+_DEADLINE: ContextVar[Deadline] = ContextVar("deadline")
+"""The deadline of the request that this thread sends: urllib3 makes connections where nothing can be passed in."""
 
 
 class Transport:
-    """Makes calls, over a session of the user's or over connections of its own.
+    """Sends requests, over a session of its own or over the application's.
 
-    Its own connections are new for each exchange and closed after it: reads are half a minute apart, when a connection
-    kept open is as often dead as alive, and a name that moved to another address is followed at once. They obey proxies
-    and CA bundles as requests does (`HTTPS_PROXY`, `REQUESTS_CA_BUNDLE`). Only the system's resolver of names keeps its
-    own time.
+    Its own session is made at first use, and anew in a forked child. It obeys proxies and CA bundles as requests does
+    (`HTTPS_PROXY`, `REQUESTS_CA_BUNDLE`). Each request has a new connection: reads are half a minute apart, so that an
+    open one is as often dead as alive. Only the system's name resolver keeps its own time limit.
 
-    A session of the user's is left as it is, its adapters, hooks and certificates included. Then each socket operation
-    is bounded by what is left of the deadline, and the deadline is looked at after each byte of the body; but a peer
-    that drips *headers* can hold a caller longer, and `abort` does not reach into it.
+    The application's session keeps its adapters, hooks and certificates. Then each socket operation is limited to the
+    time that is left, and the deadline is checked after each byte of the body; but a server that drips *headers* can
+    hold a caller longer, and `abort` does not reach into it.
 
-    Either way no redirect is followed, and a cookie that a server sets is forgotten with its answer.
+    Neither follows redirects, reads ~/.netrc, or sends back a cookie that a server set.
 
     Args:
-        session: The user's session, or None.
-        subject: Who is called, for messages.
-        clock: What tells the time.
+        session: The application's session, or None.
+        subject: What is called, for messages, such as "the config API of tenant 'acme'".
+        url_setting: The setting that holds the URL, for messages.
+        clock: The clock that deadlines refer to.
     """
 
-    def __init__(self, session: requests.Session | None, *, subject: str, clock: Clock) -> None:
+    def __init__(self, session: requests.Session | None, *, subject: str, url_setting: str, clock: Clock) -> None:
+        self._own = session is None
         self._session = session
         self._subject = subject
+        self._url_setting = url_setting
         self._clock = clock
+        self._user_agent = f"external-oms/{_version()}"
         self._lock = threading.Lock()
-        self._calls: set[Call] = set()
+        self._deadlines: set[Deadline] = set()
 
     @contextmanager
-    def call(self, deadline: float) -> Iterator[Call]:
-        """A call that ends at the deadline (seconds on the monotonic clock), or by `abort`."""
-        call = Call(self._subject, deadline, self._clock)
+    def deadline(self, at: float) -> Iterator[Deadline]:
+        """Open a deadline for some requests: they end at that time (seconds on the monotonic clock), or by `abort`."""
+        deadline = Deadline(at, subject=self._subject, clock=self._clock)
         with self._lock:
-            self._calls.add(call)
+            self._deadlines.add(deadline)
         try:
-            yield call
+            yield deadline
         finally:
             with self._lock:
-                self._calls.discard(call)
-            call.close()
+                self._deadlines.discard(deadline)
+            deadline.close()
 
     def abort(self) -> None:
-        """End every call under way, from any thread; later calls are not touched."""
+        """End every request in progress, from any thread; later requests are not affected."""
         with self._lock:
-            calls = tuple(self._calls)
-        for call in calls:
-            call.end("ended from outside, as by a shutdown")
+            deadlines = tuple(self._deadlines)
+        for deadline in deadlines:
+            deadline.abort("aborted, as by a shutdown")
 
     def after_fork(self) -> None:
-        """In a child: forget what belongs to the parent, shutting nothing down that it may still use."""
+        """Replace locks and connections in a forked child, without shutting down what the parent may still use."""
         self._lock = threading.Lock()
-        self._calls = set()
-        if self._session is not None:
-            for adapter in self._session.adapters.values():
-                if isinstance(adapter, HTTPAdapter):
-                    # New pools by the adapter's own rules of pickling; no lock of the old ones is touched.
-                    adapter.__setstate__(adapter.__getstate__())  # type: ignore[attr-defined]  # the stubs leave it out
+        self._deadlines = set()
+        if self._own or self._session is None:
+            self._session = None
+            return
+        for adapter in self._session.adapters.values():
+            if isinstance(adapter, HTTPAdapter):
+                # New pools by the adapter's own rules for pickling; no lock of the old ones is taken.
+                adapter.__setstate__(adapter.__getstate__())  # type: ignore[attr-defined]  # missing in the stubs
 
-    def exchange(
+    def send(
         self,
-        call: Call,
+        deadline: Deadline,
         method: str,
         url: str,
         *,
-        signer: Signer,
         headers: Mapping[str, str],
+        token: str | None = None,
         body: bytes | None = None,
-    ) -> Answer:
-        """One request and what came back, redirects and errors included.
+    ) -> Response:
+        """Send one request and return the response, redirects and errors included.
 
         Args:
-            call: The call that it belongs to.
+            deadline: The deadline that the request belongs to.
             method: The HTTP method.
-            url: Where to, made from settings alone.
-            signer: Puts the credentials in.
+            url: The URL, made from settings alone.
             headers: Headers beside the common ones.
-            body: What to send.
+            token: The access token to send, if any.
+            body: The body to send, if any.
 
         Raises:
-            Unavailable: No answer: no connection, or none within the deadline; `call.sent` tells how far it went.
+            Unavailable: No response: no connection, or none in time; `deadline.sent` says how far the request went.
         """
-        call.sent = False
-        session = _own_session(call) if self._session is None else _twin(self._session)
+        deadline.sent = False
+        bound = _DEADLINE.set(deadline)
         try:
-            with session.request(
+            if self._session is None:  # not before it is used: a forked child of a thousand tenants uses few at once
+                self._session = _own_session()
+            with _without_cookies(self._session).request(
                 method,
                 url,
-                headers={"User-Agent": USER_AGENT, **headers},
+                headers={"User-Agent": self._user_agent, **headers},
                 data=body,
-                auth=signer,
+                auth=partial(_authorize, token),
                 allow_redirects=False,
                 stream=True,
-                timeout=call.remaining_seconds(),
+                timeout=deadline.remaining_seconds(),
             ) as response:
-                # A session not ours is looked at after each byte: nothing else would end a drip.
-                return _answer(response, call, chunk_bytes=16_384 if self._session is None else 1)
+                body, body_error = b"", None
+                try:
+                    body = self._body(response, deadline)
+                except ReadError as error:
+                    body_error = error
+                except Exception as error:  # noqa: BLE001 - the application's session may raise anything
+                    body_error = deadline.error(error, _BROKEN)
+                    body_error.__cause__ = error
+                return Response(response.status_code, response.headers, body, body_error)
         except ReadError:
             raise
         except Exception as error:
-            if self._session is not None:
-                call.sent = not _before_sending(error)
-            raise call.failure(error) from error
+            if not self._own:
+                deadline.sent = not _before_sending(error)
+            raise deadline.error(error, _explained(error, url, self._url_setting)) from error
         finally:
-            if self._session is None:
-                session.close()
+            _DEADLINE.reset(bound)
+
+    def _body(self, response: requests.Response, deadline: Deadline) -> bytes:
+        received = bytearray()
+        # In the application's session only a check after each byte ends a body that drips.
+        for chunk in response.iter_content(16_384 if self._own else 1):
+            received += chunk
+            if len(received) > MAX_RESPONSE_BYTES:
+                raise MalformedAnswer(f"{self._subject}: the response is longer than {MAX_RESPONSE_BYTES} bytes")
+            deadline.remaining_seconds()
+        deadline.remaining_seconds()  # a connection that was shut down looks like the end of a body without a length
+        return bytes(received)
 
 
-def _answer(response: requests.Response, call: Call, *, chunk_bytes: int) -> Answer:
-    received, trouble = b"", None
-    try:
-        received = _whole(response, call, chunk_bytes=chunk_bytes)
-    except ReadError as error:
-        trouble = error
-    except Exception as error:  # noqa: BLE001 - a session of the user's may raise anything; the edge is here
-        trouble = call.failure(error)
-        trouble.__cause__ = error
-    return Answer(response.status_code, response.headers, received, trouble)
+@cache  # it reads the disk, and is not needed at import
+def _version() -> str:
+    return version("openfeature-provider-external-oms")
 
 
-def _whole(response: requests.Response, call: Call, *, chunk_bytes: int) -> bytes:
-    received = bytearray()
-    for chunk in response.iter_content(chunk_bytes):
-        received += chunk
-        if len(received) > MAX_ANSWER_BYTES:
-            raise MalformedAnswer(f"{call.subject}: the answer is longer than {MAX_ANSWER_BYTES} bytes")
-        call.remaining_seconds()
-    call.remaining_seconds()  # a connection cut at the deadline looks like the end of a body without a length
-    return bytes(received)
+def _authorize(token: str | None, request: requests.PreparedRequest) -> requests.PreparedRequest:
+    """Set the token, as an auth object: as a plain header, or without any, requests would take one from ~/.netrc."""
+    if token is not None:
+        request.headers["Authorization"] = f"Bearer {token}"
+    return request
 
 
-def _explained(error: Exception) -> str:
-    reason = _reason(error)
+def _explained(error: Exception, url: str, url_setting: str) -> str:
+    """Return what went wrong and what to check. The host in the message comes from a setting, and is no secret."""
+    host, reason = urlsplit(url).hostname, _urllib3_error(error)
     if isinstance(error, requests.exceptions.SSLError):
-        return "TLS failed; is its certificate trusted here (REQUESTS_CA_BUNDLE names a CA bundle)?"
+        return f"TLS with {host} failed; is its certificate trusted here (REQUESTS_CA_BUNDLE names a CA bundle)?"
     if isinstance(error, requests.exceptions.ProxyError):
-        return "the proxy could not be used; is HTTPS_PROXY right?"
+        return f"the proxy on the way to {host} cannot be used; check HTTPS_PROXY"
     if isinstance(reason, NameResolutionError):
-        return "its host name cannot be resolved; is the address right?"
+        return f"the host name {host} cannot be resolved; check {url_setting}"
     if isinstance(reason, NewConnectionError):
-        return "no connection; is the address right, and may this host reach it?"
-    return "the connection broke before the answer was whole"
+        return f"no connection to {host}; check {url_setting}, and that this host may reach it (proxy, firewall)"
+    return _BROKEN
 
 
-def _reason(error: Exception) -> object:
-    """What urllib3 says underneath an error of requests."""
+def _urllib3_error(error: Exception) -> object:
     return getattr(error.args[0], "reason", None) if error.args else None
 
 
 def _before_sending(error: Exception) -> bool:
-    """Whether a session of the user's failed before the request can have left; in doubt it has left."""
-    early = (
-        requests.ConnectTimeout,
-        requests.exceptions.InvalidHeader,
-        requests.exceptions.InvalidSchema,
-        requests.exceptions.InvalidURL,
-    )
-    return isinstance(error, early) or isinstance(_reason(error), NewConnectionError)
+    """Return whether the application's session failed before the request can have been sent; if in doubt, it was."""
+    invalid = requests.exceptions.InvalidHeader | requests.exceptions.InvalidSchema | requests.exceptions.InvalidURL
+    return isinstance(error, requests.ConnectTimeout | invalid) or isinstance(_urllib3_error(error), NewConnectionError)
 
 
-def _own_session(call: Call) -> requests.Session:
+def _without_cookies(session: requests.Session) -> requests.Session:
+    """Return the session with a copy of its cookie jar, so that cookies which servers set are dropped with the copy."""
+    clone = object.__new__(type(session))  # `copy.copy` would lose the attributes of a subclass
+    clone.__dict__.update(session.__dict__)
+    clone.cookies = session.cookies.copy()
+    return clone
+
+
+def _own_session() -> requests.Session:
     session = requests.Session()
-    # The document is smaller than the overhead of compressing it, and a connection is used once.
+    # The document is smaller than what compressing it would add, and a connection is used once.
     session.headers.update({"Accept-Encoding": "identity", "Connection": "close"})
-    for scheme in ("https://", "http://"):
-        session.mount(scheme, _Adapter(call))
+    adapter = _Adapter()
+    session.mount("https://", adapter)
+    session.mount("http://", adapter)
     return session
 
 
-def _twin(session: requests.Session) -> requests.Session:
-    """The user's session in all but its cookie jar, of which it has a copy: what servers set goes with the twin.
-
-    `copy.copy` will not do: a Session copies by a list of names that attributes of a subclass are not on.
-    """
-    twin = object.__new__(type(session))
-    twin.__dict__.update(session.__dict__)
-    twin.cookies = session.cookies.copy()
-    return twin
+@lru_cache(maxsize=4)
+def _tls_context(bundle: str, changed_ns: int) -> ssl.SSLContext:  # noqa: ARG001 - a bundle replaced on disk is read again
+    """Return the context that trusts a CA bundle, for the whole process: reading the bundle takes 20 ms or more."""
+    context = create_urllib3_context(cert_reqs=ssl.CERT_REQUIRED)
+    context.load_verify_locations(**{"capath" if Path(bundle).is_dir() else "cafile": bundle})
+    return context
 
 
 class _Adapter(HTTPAdapter):
-    """The adapter of one exchange: its connections put their sockets under the call's deadline."""
+    """The adapter of our own session: deadlines watch its connections, and each connection carries one request."""
 
-    def __init__(self, call: Call) -> None:
-        self._call = call
-        self._pools: list[ConnectionPool] = []
-        super().__init__(pool_connections=1, pool_maxsize=1)
-
-    def get_connection_with_tls_context(self, *args: Any, **kwargs: Any) -> ConnectionPool:  # noqa: ANN401 - passed on
-        pool = super().get_connection_with_tls_context(*args, **kwargs)
-        # A SOCKS proxy has connections of its own kind: they are bounded as a user's session is.
-        if isinstance(pool, HTTPConnectionPool) and pool.ConnectionCls in _WATCHED:
-            pool.ConnectionCls = _WATCHED[pool.ConnectionCls]
-            pool.conn_kw["call"] = self._call
-        self._pools.append(pool)
+    def get_connection_with_tls_context(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - passed on
+        pool: Any = super().get_connection_with_tls_context(*args, **kwargs)
+        # A SOCKS proxy has connections of another kind: they are limited as those of the application's session are.
+        pool.ConnectionCls = _WATCHED.get(pool.ConnectionCls, pool.ConnectionCls)
         return pool
 
-    def close(self) -> None:
-        """Close the connection now: urllib3 leaves that to the garbage collector, and a traceback can hold it long."""
-        for pool in self._pools:
-            pool.close()
-        super().close()
+
+class _LastResponse(http.client.HTTPResponse):
+    """A response after which the connection is closed, also if the server would keep it open."""
+
+    def begin(self) -> None:
+        super().begin()
+        self.will_close = True
 
 
 class _Connection(HTTPConnection):
-    def __init__(self, *args: Any, call: Call, **kwargs: Any) -> None:  # noqa: ANN401 - passed on
-        super().__init__(*args, **kwargs)
-        self._call = call
+    response_class = _LastResponse
 
     def connect(self) -> None:
         super().connect()  # TLS included
-        self._call.sent = True  # from here on the request may be on its way
+        _DEADLINE.get().sent = True  # from here on the request may be on its way
 
     def _new_conn(self) -> socket.socket:
-        """A connected socket: each address of the host has an equal share of the time that is left."""
+        """Connect: each address of the host gets an equal share of the time that is left.
+
+        urllib3's own method gives each address all of it, and no other thread could end it while it connects.
+        """
+        deadline = _DEADLINE.get()
         try:
-            found = socket.getaddrinfo(self._dns_host, self.port, allowed_gai_family(), socket.SOCK_STREAM)
+            addresses = socket.getaddrinfo(self._dns_host, self.port, type=socket.SOCK_STREAM)
         except socket.gaierror as error:
             raise NameResolutionError(self.host, self, error) from error
-        failure: OSError | None = None
-        for tried, (family, kind, protocol, _, address) in enumerate(found):
-            line = socket.socket(family, kind, protocol)
+        problem: OSError | None = None
+        for tried, (family, kind, protocol, _, address) in enumerate(addresses):
+            sock = socket.socket(family, kind, protocol)
             try:
                 for option in self.socket_options or ():
-                    line.setsockopt(*option)
-                line.settimeout(self._call.remaining_seconds() / (len(found) - tried))
-                self._call.hold(line)
-                line.connect(address)
-                line.settimeout(self._call.remaining_seconds())
-            except OSError as error:
-                failure = error
-                line.close()
-            except BaseException:
-                line.close()
-                raise
+                    sock.setsockopt(*option)
+                sock.settimeout(deadline.remaining_seconds() / (len(addresses) - tried))
+                deadline.watch(sock)
+                sock.connect(address)
+                sock.settimeout(deadline.remaining_seconds())
+            except BaseException as error:
+                sock.close()
+                if not isinstance(error, OSError):
+                    raise
+                problem = error
             else:
-                return line
-        raise NewConnectionError(self, "no address of the host accepts a connection") from failure
+                return sock
+        raise NewConnectionError(self, "no address of the host accepts a connection") from problem
 
 
 class _TLSConnection(_Connection, HTTPSConnection):
-    """The same with TLS, which `HTTPSConnection.connect` adds on top of the socket."""
+    def connect(self) -> None:
+        bundle = self.ca_certs or self.ca_cert_dir
+        if bundle and not (self.proxy and self.proxy.scheme == "https"):  # such a proxy is given the bundle's name only
+            self.ssl_context = _tls_context(bundle, Path(bundle).stat().st_mtime_ns)
+            self.ca_certs = self.ca_cert_dir = None
+        super().connect()
 
 
-_WATCHED: dict[object, type[_Connection]] = {HTTPConnection: _Connection, HTTPSConnection: _TLSConnection}
+_WATCHED: dict[Any, type[_Connection]] = {HTTPConnection: _Connection, HTTPSConnection: _TLSConnection}
 
 
 def parse_retry_after(header: str | None, *, now_wall: float, cap_seconds: float) -> float | None:

@@ -201,7 +201,7 @@ def token_source(
         clock=clock,
         timeout_seconds=settings.timeout_seconds,
         retry_after_max_seconds=settings.retry_after_max_seconds,
-        obtained=lambda error: told.send(TokenRenewed(tenant, error)),
+        on_renewal=lambda error: told.send(TokenRenewed(tenant, error)),
     )
 
 

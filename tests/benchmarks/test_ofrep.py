@@ -14,8 +14,8 @@ from external_oms.settings import Settings
 from external_oms.testing import ConfigAPIEmulator
 from external_oms.web.serving import THREADS
 from tests.benchmarks.load import Load, load, request_for
-from tests.web.conftest import KEYS, TENANT
-from tests.web.served import FLAG_PATH, Served, served
+from tests.support.servers import FLAG_PATH, Served, served
+from tests.support.web import KEYS, TENANT
 
 ONE = request_for("POST", FLAG_PATH, KEYS["viewer"], b'{"context":{"targetingKey":"order-17"}}')
 BARE = (sys.executable, "-m", "gunicorn", "tests.benchmarks.bare_route:app", "--worker-class", "gthread")

@@ -2,68 +2,17 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page, expect, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, ConsoleMessage
 
 from external_oms.emulator import ConfigAPIEmulator
-from tests.web.conftest import KEYS, TENANT, installed
-from tests.web.served import Served, served
-
-__all__ = ["PHONE", "Visit", "Visits", "installed"]
-
-PHONE: dict[str, Any] = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
-
-QUIET = (
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-)
-"""A browser that calls nobody but the server under test."""
-
-
-@dataclass
-class Visit:
-    """One browser's look at the page, and what its console had to say."""
-
-    page: Page
-    server: Served
-    complaints: list[str] = field(default_factory=list)
-
-    def login(self, role: str, *, key: str = "") -> None:
-        self.page.goto(f"{self.server.url}/login")
-        self.page.get_by_label("Key").fill(key or KEYS[role])
-        self.page.get_by_role("button", name="Log in").click()
-
-    def live(self, role: str, path: str = "/") -> None:
-        """Log in and wait until the page is live."""
-        self.login(role)
-        if path != "/":
-            self.page.goto(f"{self.server.url}{path}")
-        expect(self.page.locator("#live")).to_have_text("Live")
-
-
-Visits = Callable[..., Visit]
-
-
-@pytest.fixture(scope="module")  # not longer: another module's tests in this process may want a Playwright of their own
-def browser() -> Iterator[Browser]:
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
-    if chromium is None:
-        pytest.skip("chromium is not on the PATH")
-    with sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=chromium, args=list(QUIET))
-        yield opened
-        opened.close()
+from tests.support.browsing import Visit, Visits
+from tests.support.servers import Served, served
+from tests.support.web import TENANT
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +53,6 @@ def visit(browser: Browser, server: Served) -> Iterator[Visits]:
 
 
 @pytest.fixture(scope="session")
-def axe(installed: Path) -> str:
+def axe(node: Path) -> str:
     """The script that looks for what keeps people out."""
-    return (installed / "node_modules" / "axe-core" / "axe.min.js").read_text(encoding="utf-8")
+    return (node / "node_modules" / "axe-core" / "axe.min.js").read_text(encoding="utf-8")

@@ -6,14 +6,13 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 from openfeature import api as openfeature
 
 from external_oms import FLAG_KEY, ExternalOMSProvider
 from external_oms.testing import ConfigAPIEmulator
-from tests.stores.redis_server import RedisProxy, RedisServer
+from tests.support.redis import RedisProxy, RedisServer
 
 LONGEST_SECONDS = 0.005
 
@@ -21,10 +20,9 @@ LONGEST_SECONDS = 0.005
 @pytest.mark.soak  # a maximum of wall time: it wants a machine that does nothing else
 @pytest.mark.timeout(120)
 def test_no_evaluation_is_slower_than_five_milliseconds_under_any_fault(
-    external_oms_api: ConfigAPIEmulator, tmp_path: Path
+    external_oms_api: ConfigAPIEmulator, redis_server: RedisServer
 ) -> None:
-    server = RedisServer(tmp_path)
-    server.start()
+    server = redis_server
     proxy = RedisProxy(server.port)
     provider = ExternalOMSProvider(
         external_oms_api.settings(store=f"redis://127.0.0.1:{proxy.port}/0", store_bound_seconds=1.0)
@@ -63,7 +61,6 @@ def test_no_evaluation_is_slower_than_five_milliseconds_under_any_fault(
     thread.join()
     openfeature.shutdown()
     proxy.close()
-    server.stop()
     for name, seconds in took.items():
         print(f"{name:12} {len(seconds)} evaluations, longest {max(seconds) * 1e3:.2f} ms")
     assert errors[0] == 0

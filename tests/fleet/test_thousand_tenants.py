@@ -8,18 +8,17 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
+from external_oms.freshness import Freshness, Windows
+from external_oms.workers import Workers
 
 from external_oms.cache import Cache
 from external_oms.clock import SYSTEM_CLOCK
 from external_oms.config import Document, Reading
 from external_oms.errors import Unavailable
-from external_oms.freshness import Freshness, Windows
 from external_oms.stores.redis import RedisStore
-from external_oms.workers import Workers
-from tests.stores.redis_server import RedisServer
+from tests.support.redis import RedisServer
 
 TENANTS = [f"tenant-{number}" for number in range(1000)]
 HANGING = TENANTS[500]
@@ -44,13 +43,10 @@ class Source:
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[RedisStore]:
-    server = RedisServer(tmp_path)
-    server.start()
-    made = RedisStore(f"redis://127.0.0.1:{server.port}/0", tenants=TENANTS)
+def store(redis_server: RedisServer) -> Iterator[RedisStore]:
+    made = RedisStore(redis_server.url, tenants=TENANTS)
     yield made
     made.close()
-    server.stop()
 
 
 @pytest.mark.soak  # it watches times, and beside other tests on two cores it would watch theirs

@@ -1,20 +1,110 @@
-"""`python -m tests.simulation [SIZE …]` prints the tables of docs/scale.md as Markdown, for all sizes or for these."""
+"""Run the simulation with fresh seeds: `python -m tests.simulation --seconds 60`.
+
+Prints how many histories were played and how many steps they took. The first history that breaks a promise is made
+smaller and told step by step, and the exit status is 1; `--seed` plays one history again.
+"""
 
 from __future__ import annotations
 
+import argparse
+import logging
+import multiprocessing
+import os
+import secrets
 import sys
 import time
+from collections.abc import Sequence
 
-from tests.simulation.tables import SIZES, TABLES, markdown
+from tests.simulation.history import History, play
+from tests.simulation.shrink import shrink
+from tests.simulation.world import Choices, Violation
 
-sizes = tuple(int(given) for given in sys.argv[1:]) or SIZES
-for number, (name, head, rows) in enumerate(TABLES, 1):
-    began = time.monotonic()
-    if sys.stderr.isatty():
-        print(f"\r\033[K[{number}/{len(TABLES)}] {name} …", end="", file=sys.stderr, flush=True)
-    print(f"<!-- {name} -->\n")
-    for line in markdown(head, rows(sizes)):
-        print(line, flush=True)
-    print()
-    if sys.stderr.isatty():
-        print(f"\r\033[K[{number}/{len(TABLES)}] {name}: {time.monotonic() - began:.1f} s", file=sys.stderr)
+BATCH = 20
+"""Histories between two reports of a worker."""
+
+Report = tuple[int, int, int | None]
+"""Histories, steps, and the seed that broke a promise."""
+
+
+def _work(first: int, seconds: float) -> Report:
+    """Play histories for so many seconds, at most a batch."""
+    logging.disable(logging.CRITICAL)
+    until, steps = time.monotonic() + seconds, 0
+    for played in range(1, BATCH + 1):
+        try:
+            steps += play(Choices(seed=first + played)).world.switches
+        except Violation:
+            return played, steps, first + played
+        if time.monotonic() > until:
+            break
+    return played, steps, None
+
+
+def broken(choices: Choices) -> str:
+    """Return the promise that a history breaks, as far as it names the promise; empty where it breaks none."""
+    try:
+        play(choices)
+    except Violation as violation:
+        return str(violation)[:12]
+    return ""
+
+
+def tell(given: Sequence[int]) -> tuple[list[str], str]:
+    """Return the story of a history, and how it ends."""
+    histories: list[History] = []
+    try:
+        play(Choices(given), histories.append)
+    except Violation as violation:
+        return histories[0].world.log, str(violation)
+    return histories[0].world.log, ""
+
+
+def explain(seed: int) -> None:
+    """Make the history of a seed smaller, and tell it."""
+    choices = Choices(seed=seed)
+    promise = broken(choices)
+    if not promise:
+        print(f"seed {seed}: every promise holds")
+        return
+    smaller = shrink(choices.made, lambda given: broken(Choices(given)) == promise, seconds=30)
+    story, end = tell(smaller)
+    print(f"seed {seed}, made smaller from {len(choices.made)} choices to {len(smaller)}:")
+    print("\n".join(f"  {line}" for line in story))
+    print(f"  {end}")
+
+
+def main() -> int:
+    """Play until the time is over or a promise is broken."""
+    parser = argparse.ArgumentParser(prog="python -m tests.simulation", description=__doc__)
+    parser.add_argument("--seconds", type=float, default=60.0, help="how long, in seconds")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="how many processes")
+    parser.add_argument("--seed", type=int, help="play the history of this seed alone")
+    asked = parser.parse_args()
+    if asked.seed is not None:
+        logging.disable(logging.CRITICAL)
+        explain(asked.seed)
+        return 0
+    began, histories, steps = time.monotonic(), 0, 0
+    first = secrets.randbits(40)
+    print(f"first seed {first}")
+    with multiprocessing.get_context("spawn").Pool(asked.jobs) as pool:
+        pending: list[multiprocessing.pool.AsyncResult[Report]] = []
+        while (left := began + asked.seconds - time.monotonic()) > 0 or pending:
+            while left > 0 and len(pending) < 2 * asked.jobs:
+                pending.append(pool.apply_async(_work, (first, left)))
+                first += BATCH
+            played, taken, seed = pending.pop(0).get()
+            histories, steps = histories + played, steps + taken
+            if sys.stderr.isatty():
+                print(f"\r{histories:,} histories, {steps:,} steps", end="", file=sys.stderr, flush=True)
+            if seed is not None:
+                pool.terminate()
+                explain(seed)
+                return 1
+    seconds = time.monotonic() - began
+    print(f"{histories:,} histories, {steps:,} steps, {seconds:.0f} s: every promise holds")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

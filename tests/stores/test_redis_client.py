@@ -2,54 +2,68 @@
 
 from __future__ import annotations
 
+import re
 import secrets
-import subprocess
-import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import cast
 
 import pytest
 import redis
+from limits import RateLimitItemPerMinute
+from limits.storage import storage_from_string
+from limits.strategies import FixedWindowRateLimiter
+from redis.sentinel import SentinelConnectionPool
 
-from external_oms.stores.base import Lease
+from external_oms.errors import SettingsError, StoreError
+from external_oms.records import Cause, Event, Member
 from external_oms.stores.redis import RedisStore
-from external_oms.stores.redis_client import Client, connect
-from tests.stores.redis_server import RedisServer, free_port, needs_redis, until
-
-pytestmark = needs_redis
+from external_oms.stores.redis_client import client_factory
+from tests.support.contract import delivered, invalidated, leased
+from tests.support.ports import free_port
+from tests.support.redis import RedisProxy, RedisServer
+from tests.support.tls import certificate
+from tests.support.waiting import wait_until
 
 TENANTS = tuple(f"tenant-{number}" for number in range(12))
+PASSWORD = "s3cr3t:/@#?"
+ENCODED = "s3cr3t%3A%2F%40%23%3F"
 
 
-@contextmanager
-def running(server: RedisServer) -> Iterator[RedisServer]:
-    server.start()
-    try:
-        yield server
-    finally:
-        server.stop()
-
-
-def follows(url: str) -> None:
-    """Two members at this URL: what one changes, the other sees, message or look."""
+def works(url: str | None = None, *, client: redis.Redis | None = None) -> None:
+    """Check everything that a store asks of Redis, between two members."""
     prefix = f"test-{secrets.token_hex(4)}"
+    keys = {tenant: f"{tenant}@https://{tenant}.example" for tenant in TENANTS}
     with ExitStack() as stack:
-        one, other = (RedisStore(url, prefix=prefix, tenants=TENANTS, bound_seconds=2.0) for _ in range(2))
+        one, other = (RedisStore(url, client=client, prefix=prefix, keys=keys) for _ in range(2))
         for store in (one, other):
             stack.callback(store.close)
-            store.watch(TENANTS[0])
-            until(lambda store=store: store.is_hearing and store.verified_until > 0)  # type: ignore[misc]  # a default binds it
+            store.start()
+            wait_until(store._sync.first_pull.is_set)
         for tenant in TENANTS:
-            assert one.deliver(tenant, "msg", seconds=60.0) == 1
-            assert other.deliver(tenant, "msg", seconds=60.0) is None
-            assert isinstance(one.acquire(tenant, seconds=5.0, metered=True), Lease)
-            assert not isinstance(other.acquire(tenant, seconds=5.0, metered=True), Lease)
-        assert other.invalidate(TENANTS[-1]) == 2
-        assert until(lambda: one.load(TENANTS[-1]).generation == 2) < 2.0
+            generation = delivered(one, "msg", tenant, row=Event(datetime.now(UTC), tenant, Cause.DELIVERY)).generation
+            assert delivered(other, "msg", tenant).duplicate
+            leased(other, tenant)
+            wait_until(lambda t=tenant, g=generation: one.load(t).generation == g, seconds=2.0)  # type: ignore[misc]  # defaults bind the present values
+        generation = invalidated(other, TENANTS[-1])
+        wait_until(lambda: one.load(TENANTS[-1]).generation == generation, seconds=2.0)
+        assert {found.tenant for found in one.history(limit=50)} == set(TENANTS)
+        one.report([Member("host:1", tenant, 1, True, "fresh", 1.0) for tenant in TENANTS])
+        assert len(other.members()) == len(TENANTS)
         assert one.health().ok
-        assert other.health().ok
+        assert other.poll() is not None
+
+
+def add_documented_user(server: RedisServer, *more: str) -> str:
+    """Give a user the rights that the documentation names, for the prefixes of these tests, and return its name."""
+    documented = (Path(__file__).parents[2] / "docs" / "stores.md").read_text(encoding="utf-8")
+    command = re.search(r"ACL SETUSER ((?:.*\\\n)*.*)", documented)
+    assert command is not None
+    rights = command[1].replace("\\\n", " ").replace("external_oms:", "test-*:").replace("PASSWORD", PASSWORD).split()
+    server.command("ACL", "SETUSER", *rights, *more)
+    return rights[0]
 
 
 @pytest.fixture(scope="module")
@@ -59,85 +73,110 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_unix_socket(directory: Path) -> None:
     path = directory / "redis.sock"
-    with running(RedisServer(directory, "--unixsocket", str(path))):
-        follows(f"unix://{path}?db=0")
-
-
-def test_a_user_of_an_acl_with_no_more_rights_than_the_documentation_names(directory: Path) -> None:
-    rights = (
-        "eval evalsha hmget mget subscribe ping time hset get set del exists pexpire pttl publish "
-        "xadd xtrim xrevrange zadd zrangebyscore zremrangebyscore"
-    )
-    commands = [f"+{right}" for right in rights.split()]
-    with running(RedisServer(directory)) as server:
-        server.command("ACL", "SETUSER", "oms", "on", ">s3cr3t:/@", "~test-*", "&test-*:changes", "-@all", *commands)
-        follows(f"redis://oms:s3cr3t%3A%2F%40@127.0.0.1:{server.port}/0")
-        store = RedisStore(f"redis://oms:wr0ng@127.0.0.1:{server.port}/0", tenants=("acme",))
-        try:
-            assert store.invalidate("acme") == 1
-            assert "credentials" in store.health().problem
-            assert "wr0ng" not in store.health().problem
-        finally:
-            store.close()
-        denied = RedisStore(
-            f"redis://oms:s3cr3t%3A%2F%40@127.0.0.1:{server.port}/0", prefix="elsewhere", tenants=("a",)
-        )
-        try:
-            assert denied.invalidate("a") == 1
-            assert "ACL" in denied.health().problem
-        finally:
-            denied.close()
+    with RedisServer(directory, "--unixsocket", str(path)):
+        works(f"unix://{path}?db=3")
 
 
 def test_tls(directory: Path) -> None:
-    key, certificate = directory / "key.pem", directory / "cert.pem"
-    subprocess.run(
-        [
-            *("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=localhost"),
-            *("-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(certificate)),
-        ],
-        check=True,
-        capture_output=True,
-        timeout=30,
-    )
-    port = free_port()
-    options = ["--tls-port", str(port), "--tls-cert-file", str(certificate), "--tls-key-file", str(key)]
-    with running(RedisServer(directory, *options, "--tls-ca-cert-file", str(certificate), "--tls-auth-clients", "no")):
-        follows(f"rediss://127.0.0.1:{port}/0?ssl_ca_certs={certificate}")
+    context, bundle = certificate(directory)
+    with RedisServer(directory) as server:
+        proxy = RedisProxy(server.port, context=context)
+        try:
+            works(f"rediss://127.0.0.1:{proxy.port}/0?ssl_ca_certs={bundle}")
+        finally:
+            proxy.close()
 
 
 def test_sentinels_name_the_primary(directory: Path) -> None:
     with ExitStack() as stack:
-        primary = stack.enter_context(running(RedisServer(directory, "--requirepass", "s3cr3t")))
+        primary = stack.enter_context(RedisServer(directory, "--requirepass", "s3cr3t"))
         file = directory / "sentinel.conf"
         file.write_text(
             f"sentinel monitor fleet 127.0.0.1 {primary.port} 1\nsentinel auth-pass fleet s3cr3t\n", encoding="ascii"
         )
-        sentinel = stack.enter_context(running(RedisServer(directory, configuration=file, sentinel=True)))
-        follows(f"redis+sentinel://:s3cr3t@127.0.0.1:{free_port()},127.0.0.1:{sentinel.port}/fleet/0")
+        sentinel = stack.enter_context(RedisServer(directory, configuration=file, sentinel=True))
+        works(f"redis+sentinel://:s3cr3t@127.0.0.1:{free_port()},127.0.0.1:{sentinel.port}/fleet/2")
 
 
-def test_a_cluster(directory: Path) -> None:
+@pytest.fixture
+def cluster(directory: Path) -> Iterator[list[RedisServer]]:
     with ExitStack() as stack:
-        nodes = [stack.enter_context(running(RedisServer(directory, in_cluster=True))) for _ in range(2)]
-        nodes[0].command("CLUSTER", "ADDSLOTSRANGE", 0, 8000)
-        nodes[1].command("CLUSTER", "ADDSLOTSRANGE", 8001, 16383)
+        nodes = [stack.enter_context(RedisServer(directory, in_cluster=True)) for _ in range(2)]
+        for node, slots in zip(nodes, (range(8192), range(8192, 16384)), strict=True):
+            node.command("CLUSTER", "ADDSLOTS", *slots)
         nodes[0].command("CLUSTER", "MEET", "127.0.0.1", nodes[1].port, nodes[1].bus)
-        until(lambda: all("cluster_state:ok" in str(node.command("CLUSTER", "INFO")) for node in nodes))
-        follows(f"redis+cluster://127.0.0.1:{nodes[0].port}/0")
-        assert all(node.holds() for node in nodes), "the tenants are spread over the nodes"
+        wait_until(lambda: all("cluster_state:ok" in str(node.command("CLUSTER", "INFO")) for node in nodes))
+        yield nodes
+
+
+def test_a_cluster(cluster: list[RedisServer]) -> None:
+    users = [add_documented_user(node, "+cluster|slots", "+command") for node in cluster]
+    works(f"redis+cluster://{users[0]}:{ENCODED}@127.0.0.1:{cluster[0].port}/0")
+    assert all(node.holds() for node in cluster), "the tenants are spread over the nodes"
+
+
+def test_a_slot_that_moves_is_followed_by_changes_and_by_pulls(cluster: list[RedisServer]) -> None:
+    """An empty slot moves, so the entry is lost with it, as in a failover that lost everything."""
+    url = f"redis+cluster://127.0.0.1:{cluster[0].port}"
+    with ExitStack() as stack:
+        one, other = (RedisStore(url, keys={"acme": "acme"}, bound_seconds=1.0) for _ in range(2))
+        for store in (one, other):
+            stack.callback(store.close)
+            store.start()
+        before = invalidated(one, "acme")
+        wait_until(lambda: other.load("acme").generation == before)
+        slot = int(str(cluster[0].command("CLUSTER", "KEYSLOT", "{acme}")))
+        source, target = (0, 1) if slot < 8192 else (1, 0)
+        name = str(cluster[target].command("CLUSTER", "MYID"))
+        cluster[source].flush()
+        for node in (cluster[target], cluster[source]):
+            node.command("CLUSTER", "SETSLOT", slot, "NODE", name)
+        wait_until(lambda: one.load("acme").generation == other.load("acme").generation > before)
+        after = invalidated(one, "acme")
+        wait_until(lambda: other.load("acme").generation == after)
+        assert cluster[target].holds()
+
+
+def test_a_user_with_the_rights_that_the_documentation_names_and_no_others(directory: Path) -> None:
+    with RedisServer(directory) as server:
+        user = add_documented_user(server)
+        url = f"redis://{user}:{ENCODED}@127.0.0.1:{server.port}"
+        works(f"{url}/0")
+        works(f"{url}/1")
+        server.command("SET", "test-x:2:{acme}:entry", "garbage")
+        store = RedisStore(f"{url}/0", prefix="test-x")
+        assert invalidated(store, "acme") > 0
+        store.close()
+        storage = storage_from_string(f"{url}/0", wrap_exceptions=True, key_prefix="test-x:limits")
+        limiter, item = FixedWindowRateLimiter(storage), RateLimitItemPerMinute(1)
+        assert limiter.hit(item, "deliveries", "acme")
+        assert not limiter.hit(item, "deliveries", "acme")
+        assert limiter.get_window_stats(item, "deliveries", "acme").remaining == 0
+        with server.client() as client:
+            denied = {entry["object"] for entry in client.acl_log()}
+        assert denied <= {"client", "client|setinfo"}
+
+
+def test_wrong_credentials_and_missing_rights_are_told_without_the_password(directory: Path) -> None:
+    with RedisServer(directory) as server:
+        server.command("ACL", "SETUSER", "oms", "on", f">{PASSWORD}", "~other:*", "+@all")
+        for credentials, problem in ((f"oms:wr0ng{ENCODED}", "credentials"), (f"oms:{ENCODED}", "what the user needs")):
+            store = RedisStore(f"redis://{credentials}@127.0.0.1:{server.port}", bound_seconds=1.0)
+            try:
+                with pytest.raises(StoreError, match=problem) as failure:
+                    invalidated(store, "acme")
+                assert "s3cr3t" not in str(failure.value)
+            finally:
+                store.close()
 
 
 @pytest.mark.parametrize("decodes", [True, False])
 @pytest.mark.parametrize("protocol", [2, 3])
 def test_a_ready_client_can_be_handed_in_and_is_not_closed(directory: Path, decodes: bool, protocol: int) -> None:
-    with running(RedisServer(directory)) as server:
+    with RedisServer(directory) as server:
         client = redis.Redis.from_url(server.url, decode_responses=decodes, protocol=protocol)
-        store = RedisStore(client=cast("Client", client), tenants=("acme",))
-        assert store.invalidate("acme") == 1
-        until(lambda: store.is_hearing)
-        assert store.load("acme").generation == 1
-        store.close()
+        works(client=client)
+        assert client.connection_pool._available_connections, "they were given back, and not closed"
         assert client.ping()
         client.close()
 
@@ -146,25 +185,89 @@ def test_one_of_url_and_client_is_needed() -> None:
     with pytest.raises(TypeError, match="not both"):
         RedisStore()
     with pytest.raises(TypeError, match="not both"):
-        RedisStore("redis://127.0.0.1:1/0", client=connect("redis://127.0.0.1:1/0", timeout_seconds=1.0))
+        RedisStore("redis://127.0.0.1:1/0", client=redis.Redis(port=1))
 
 
 @pytest.mark.parametrize(
-    "url", ["redis+sentinel://127.0.0.1:1/fleet", "redis+cluster://127.0.0.1:1", "redis://127.0.0.1:1"]
+    "url", ["redis+sentinel://127.0.0.1:1/fleet", "redis+cluster://127.0.0.1:1", "redis://127.0.0.1:1", "unix:///none"]
 )
-def test_where_nobody_listens_a_store_works_alone_at_once(url: str) -> None:
-    store = RedisStore(url, tenants=("acme",), bound_seconds=1.0)
+def test_where_nobody_listens_the_store_says_so(url: str) -> None:
+    store = RedisStore(url, bound_seconds=1.0)
     try:
-        began = time.monotonic()
-        assert store.invalidate("acme") == 1
-        assert time.monotonic() - began < 1.0
-        assert "does not answer" in store.health().problem or "RedisCluster" in store.health().problem
+        with pytest.raises(StoreError, match=r"does not answer|no node"):
+            invalidated(store, "acme")
+        store.start()
+        wait_until(lambda: not store.health().ok)
     finally:
         store.close()
 
 
-def test_the_credentials_and_the_database_of_a_sentinels_url_reach_the_primary() -> None:
-    client = connect("redis+sentinel://us%40er:p%3Aw@h1,h2:7/fleet/3?sentinel_password=x", timeout_seconds=0.5)
-    options = cast("redis.Redis", client).connection_pool.connection_kwargs
+# -- what a URL says --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("url", "problem"),
+    [
+        ("redis://:PASSWORD@h/0?foo=bar", "option that redis-py does not know: foo"),
+        ("redis://h/0?password=PASSWORD&foo=bar", "does not know: foo"),
+        ("redis+cluster://:PASSWORD@h?read_from_replicas=true", "does not know: read_from_replicas"),
+        ("redis+sentinel://:PASSWORD@h/fleet?foo=bar", "does not know: foo"),
+        ("redis://:PASSWORD@h/0?socket_timeout=soon", "a value that cannot be used for the option socket_timeout"),
+        ("rediss://:PASSWORD@h/0?ssl_cert_reqs=perhaps", "cannot be read"),
+        ("redis://:PASSWORD@h:port/0", "a port is a number up to 65535"),
+        ("redis://:PASSWORD@h:65536/0", "a port is a number up to 65535"),
+        ("redis+sentinel://:PASSWORD@h1:port,h2/fleet", "a port is a number up to 65535"),
+        ("redis://:PASSWORD@h/first", "a database is a number"),
+        ("redis+sentinel://:PASSWORD@h/fleet/first", "a database is a number"),
+        ("redis+cluster://:PASSWORD@h/3", "a cluster has only database 0"),
+        ("redis://:PASS/WORD@h/0", "percent-encoded"),
+        ("redis://:PASS#WORD@h/0", "percent-encoded"),
+        ("redis://:PASS?WORD@h/0", "percent-encoded"),
+        ("redis://:123/PASSWORD@h/0", "percent-encoded"),
+        ("redis://[::1/0", "an IPv6 address stands in brackets"),
+        ("redis+sentinel://:PASSWORD@h", "name the Sentinels and the service"),
+        ("redis+sentinel:///fleet", "name the Sentinels and the service"),
+        ("unix://", "cannot be read"),
+        ("redis", "cannot be read"),
+    ],
+)
+def test_a_url_that_cannot_be_used_is_refused_at_once_and_the_password_is_not_told(url: str, problem: str) -> None:
+    with pytest.raises(SettingsError, match=re.escape(problem)) as refused:
+        RedisStore(url)
+    assert refused.value.setting == "store"
+    assert "PASS" not in str(refused.value)
+    assert "WORD" not in str(refused.value)
+    assert refused.value.__cause__ is refused.value.__context__ is None, "a cause might quote the password"
+
+
+def test_the_options_of_a_url_reach_the_client_and_none_lets_it_wait_for_long() -> None:
+    client = client_factory("redis://us%40er:p%3Aw@[::1]:7/3?socket_timeout=0.25", timeout_seconds=0.5)()
+    assert isinstance(client, redis.Redis)
+    options = client.connection_pool.connection_kwargs
+    assert (options["host"], options["port"], options["db"]) == ("::1", 7, 3)
+    assert (options["username"], options["password"]) == ("us@er", "p:w")
+    assert (options["socket_timeout"], options["socket_connect_timeout"]) == (0.25, 0.5)
+    assert options["socket_keepalive"] is True
+    assert options["retry"]._retries == 0
+
+
+def test_a_url_cannot_change_how_replies_are_read() -> None:
+    client = client_factory("redis://h?decode_responses=True&protocol=3", timeout_seconds=0.5)()
+    assert isinstance(client, redis.Redis)
+    options = client.connection_pool.connection_kwargs
+    assert (options["decode_responses"], options["protocol"]) == (False, 2)
+
+
+def test_a_url_of_sentinels_has_credentials_for_the_primary_and_for_the_sentinels() -> None:
+    url = (
+        "redis+sentinel://us%40er:p%3Aw@[::1],h2:7,[fe80::1]:26380/fleet/3?sentinel_username=s&sentinel_password=p%26q"
+    )
+    client = client_factory(url, timeout_seconds=0.5)()
+    pool = cast("SentinelConnectionPool", cast("redis.Redis", client).connection_pool)
+    options = pool.connection_kwargs
     assert (options["username"], options["password"], options["db"]) == ("us@er", "p:w", 3)
     assert options["socket_timeout"] == 0.5
+    assert pool.service_name == "fleet"
+    sentinels = [one.connection_pool.connection_kwargs for one in pool.sentinel_manager.sentinels]
+    assert [(one["host"], one["port"]) for one in sentinels] == [("::1", 26379), ("h2", 7), ("fe80::1", 26380)]
+    assert {(one["username"], one["password"], one["socket_timeout"]) for one in sentinels} == {("s", "p&q", 0.5)}

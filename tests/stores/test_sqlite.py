@@ -24,8 +24,8 @@ from external_oms.stores.base import DELIVERY_ID_SECONDS, Store
 from external_oms.stores.sqlite import READ_SECONDS, FairLock, SqliteStore, _Channel
 from external_oms.stores.sqlite_file import OpenFile, open_file
 from external_oms.stores.versions import VersionTable
-from tests.conftest import FakeClock
-from tests.stores.contract import (
+from tests.support.clock import FakeClock
+from tests.support.contract import (
     DEADLINE_SECONDS,
     TENANT,
     MakeElsewhere,
@@ -39,9 +39,9 @@ from tests.stores.contract import (
     invalidated,
     leased,
     try_lease,
-    wait_until,
     word,
 )
+from tests.support.waiting import wait_until
 
 
 @pytest.fixture
@@ -310,7 +310,7 @@ def test_writers_of_others_are_waited_for(store: SqliteStore, path: Path) -> Non
     assert held.wait(20)
     waiting = threading.Thread(target=lambda: results.append(invalidated(store)))
     waiting.start()
-    assert wait_until(lambda: store._writer.lock.owner is not None)
+    wait_until(lambda: store._writer.lock.owner is not None)
     assert results == []
     release.set()
     waiting.join()
@@ -390,7 +390,7 @@ def test_the_writers_of_a_process_are_served_in_the_order_of_their_arrival() -> 
     for number in range(10):
         threads.append(threading.Thread(target=take, args=(number,)))
         threads[-1].start()
-        assert wait_until(lambda: len(lock._waiting) == len(threads))
+        wait_until(lambda: len(lock._waiting) == len(threads))
     assert not lock.acquire(0.001)
     assert len(lock._waiting) == 10, "a thread that gave up waits no longer"
     lock.release()

@@ -20,8 +20,8 @@ from external_oms.entry import Busy, Change, Entry, Granted, Moment
 from external_oms.stores import sqlite_file
 from external_oms.stores.sqlite import SqliteStore
 from external_oms.stores.versions import VersionTable
-from tests.conftest import FakeClock
-from tests.stores.contract import TENANT, committed, delivered, event, invalidated, released, try_lease, word
+from tests.support.clock import FakeClock
+from tests.support.contract import TENANT, committed, delivered, event, invalidated, released, try_lease, word
 
 ANSWER = struct.Struct("=Q")
 LEASE_SECONDS = 0.5

@@ -23,8 +23,8 @@ from external_oms.stores.base import DELIVERY_ID_SECONDS
 from external_oms.stores.sqlite import SqliteStore
 from external_oms.stores.sqlite_file import TABLES, OpenFile, check_place, open_file
 from external_oms.stores.versions import VersionTable
-from tests.conftest import FakeClock
-from tests.stores.contract import TENANT, committed, complete, delivered, event, invalidated, leased, stored
+from tests.support.clock import FakeClock
+from tests.support.contract import TENANT, committed, complete, delivered, event, invalidated, leased, stored
 
 SPAWN = multiprocessing.get_context("spawn")
 STAMP = "20260528T202640Z"

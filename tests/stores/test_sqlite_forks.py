@@ -20,8 +20,9 @@ from external_oms.entry import Busy, Change, Entry, Granted, Moment
 from external_oms.errors import StoreBusy, StoreError
 from external_oms.stores import sqlite
 from external_oms.stores.sqlite import SqliteStore
-from tests.conftest import FakeClock
-from tests.stores.contract import TENANT, committed, in_a_fork, invalidated, leased, try_lease, wait_until, word
+from tests.support.clock import FakeClock
+from tests.support.contract import TENANT, committed, in_a_fork, invalidated, leased, try_lease, word
+from tests.support.waiting import wait_until
 
 
 @pytest.fixture
@@ -253,13 +254,13 @@ def test_a_fork_waits_for_a_transaction_of_another_thread_and_goes_before_others
     queued = [threading.Thread(target=invalidated, args=(store,)) for _ in range(5)]
     for thread in queued:
         thread.start()
-    assert wait_until(lambda: len(store._writer.lock._waiting) == 5)
+    wait_until(lambda: len(store._writer.lock._waiting) == 5)
     results: list[bool] = []
     forker = threading.Thread(
         target=lambda: results.append(in_a_fork(lambda: open_channels(store) == 0 and invalidated(store) >= 1))
     )
     forker.start()
-    assert wait_until(lambda: len(store._writer.lock._waiting) == 6)
+    wait_until(lambda: len(store._writer.lock._waiting) == 6)
     assert store._writer.lock._waiting[0][0] == forker.ident
     leave.set()
     for thread in (writer, forker, *queued):

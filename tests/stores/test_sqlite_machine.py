@@ -17,8 +17,8 @@ from external_oms.records import Member
 from external_oms.stores.base import DELIVERY_ID_SECONDS, Store
 from external_oms.stores.memory import MemoryStore
 from external_oms.stores.sqlite import SqliteStore
-from tests.conftest import FakeClock
-from tests.stores.contract import committed, event, failed, released, word
+from tests.support.clock import FakeClock
+from tests.support.contract import committed, event, failed, released, word
 
 TENANTS = ("acme-staging", "acme-prod")
 TENANT = st.sampled_from(TENANTS)

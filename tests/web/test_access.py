@@ -16,7 +16,7 @@ from external_oms.errors import SettingsError
 from external_oms.web import openapi
 from external_oms.web.access import Identity, Keyring, Role, Via, new_key
 from external_oms.web.problems import PROBLEM_TYPE
-from tests.web.conftest import ENTRIES, KEYS, TENANT, Server, StartServer, with_key
+from tests.support.web import ENTRIES, KEYS, TENANT, Server, StartServer, with_key
 
 RANK = {"stranger": -1, "nobody": -1, "viewer": 1, "operator": 2, "admin": 3}
 NEEDED = {"viewer": 1, "operator": 2, "admin": 3}

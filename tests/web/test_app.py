@@ -9,7 +9,7 @@ from flask_wtf.csrf import CSRFProtect
 
 from external_oms.errors import SettingsError
 from external_oms.web import ExternalOMS, create_app
-from tests.web.conftest import HOOK, SECRET, TENANT, Server, StartServer
+from tests.support.web import HOOK, SECRET, TENANT, Server, StartServer
 
 
 def test_without_credentials_for_deliveries_the_server_does_not_start(start: StartServer) -> None:

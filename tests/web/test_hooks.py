@@ -8,16 +8,16 @@ from openfeature.flag_evaluation import FlagEvaluationDetails, FlagType, FlagVal
 from openfeature.hook import HookContext
 
 from external_oms import FLAG_KEY
-from external_oms.assemble import assemble
 from external_oms.settings import Settings
 from external_oms.web.hooks import Evaluated, MetricsHook
+from external_oms.wiring import build_service
 
 
 def told(key: str, reason: str | None, attributes: dict[str, FlagValueType], *tenants: str) -> list[Evaluated]:
     """What a hook over these tenants tells of one evaluation."""
     given: list[Evaluated] = []
     entries = {tenant: {"access_token": "t"} for tenant in tenants}
-    hook = MetricsHook(assemble(Settings(tenants=entries, refresh="lazy")).cache, given.append)
+    hook = MetricsHook(build_service(Settings(tenants=entries, refresh="lazy")).cache, given.append)
     context = HookContext(key, FlagType.BOOLEAN, False, EvaluationContext(None, attributes))
     hook.finally_after(context, FlagEvaluationDetails[FlagValueType](key, True, reason=reason), {})
     return given

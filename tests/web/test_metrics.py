@@ -7,8 +7,9 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
-from time import monotonic, sleep
+from time import monotonic
 
 import pytest
 from flask import Flask
@@ -17,22 +18,22 @@ from openfeature.evaluation_context import EvaluationContext
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, generate_latest, values
 
 from external_oms import FLAG_KEY, ExternalOMSProvider
-from external_oms.assemble import assemble
 from external_oms.cache import Change, ChangeKind
-from external_oms.config import Snapshot
 from external_oms.emulator import ConfigAPIEmulator, Fault
+from external_oms.entry import Entry, Snapshot, begin_read
 from external_oms.errors import SettingsError
-from external_oms.freshness import Windows
-from external_oms.judgement import judge
+from external_oms.policy import Source, Windows, evaluate
 from external_oms.settings import Settings
-from external_oms.stores.base import Health, Record
+from external_oms.stores.base import Health
 from external_oms.stores.memory import MemoryStore
 from external_oms.web import ExternalOMS, create_app, metrics
 from external_oms.web.hooks import Evaluated, Via
 from external_oms.web.metrics import Meters
-from tests.conftest import FakeClock
-from tests.web.conftest import BEARER, ENTRIES, HOOK, KEYS, SECRET, TENANT, Server, StartServer, with_key
-from tests.web.scrapes import Scrape
+from external_oms.wiring import build_service
+from tests.support.clock import FakeClock
+from tests.support.scrapes import Scrape
+from tests.support.waiting import wait_until
+from tests.support.web import BEARER, ENTRIES, HOOK, KEYS, SECRET, TENANT, Server, StartServer, with_key
 
 FLAG = f"/ofrep/v1/evaluate/flags/{FLAG_KEY}"
 
@@ -43,20 +44,19 @@ def scrape(server: Server) -> Scrape:
     return Scrape.of(answer.text)
 
 
-def until(server: Server, shows: Callable[[Scrape], bool]) -> Scrape:
+def scrape_when(server: Server, shows: Callable[[Scrape], bool]) -> Scrape:
     """The first scrape that shows it."""
-    deadline = monotonic() + 10
-    while True:
+
+    def shown() -> Scrape | None:
         seen = scrape(server)
-        if shows(seen):
-            return seen
-        assert monotonic() < deadline, seen.text
-        sleep(0.01)
+        return seen if shows(seen) else None
+
+    return wait_until(shown)
 
 
 def read_once(server: Server, tenant: str = TENANT) -> Scrape:
     """The scrape after the first read."""
-    return until(server, lambda seen: seen.values("reads_total", tenant=tenant, result="ok") == {(): 1.0})
+    return scrape_when(server, lambda seen: seen.values("reads_total", tenant=tenant, result="ok") == {(): 1.0})
 
 
 # -- states ---------------------------------------------------------------------------------------------------------
@@ -65,11 +65,12 @@ def read_once(server: Server, tenant: str = TENANT) -> Scrape:
 def test_a_value_is_told_with_its_age_its_freshness_and_its_generation(server: Server) -> None:
     server.api.set_enabled(TENANT, True)
     read_once(server)
+    began = monotonic()
     server.deliver()
     seen = scrape(server)
     assert seen.value("enabled", tenant=TENANT) == 1
     assert seen.values("freshness", tenant=TENANT) == {("fresh",): 1, ("stale",): 0, ("expired",): 0}
-    assert 0 <= seen.value("age_seconds", tenant=TENANT) < 10
+    assert 0 <= seen.value("age_seconds", tenant=TENANT) <= monotonic() - began
     assert 0 < seen.value("fresh_remaining_seconds", tenant=TENANT) <= 30
     assert seen.value("generation", tenant=TENANT) == 1
     assert seen.value("consecutive_failures", tenant=TENANT) == 0
@@ -81,11 +82,15 @@ def test_a_value_is_told_with_its_age_its_freshness_and_its_generation(server: S
     assert seen.values("store_up") == {("memory",): 1}
 
 
-def test_a_dead_api_shows_as_failures_back_off_and_a_stale_value(server: Server) -> None:
+def test_a_dead_api_shows_as_failures_back_off_and_a_stale_value(
+    server: Server, stop_clock: Callable[[], FakeClock]
+) -> None:
     read_once(server)
+    clock = stop_clock()  # so that no back-off ends: one read fails
     server.api.fault(TENANT, Fault(status=503, times=None))
     assert server.deliver().status_code == 202
-    seen = until(server, lambda seen: ("unavailable",) in seen.values("reads_total", tenant=TENANT))
+    clock.advance(0.5)
+    seen = scrape_when(server, lambda seen: ("unavailable",) in seen.values("reads_total", tenant=TENANT))
     assert seen.values("freshness", tenant=TENANT) == {("fresh",): 0, ("stale",): 1, ("expired",): 0}
     assert seen.value("fresh_remaining_seconds", tenant=TENANT) < 0
     assert seen.value("consecutive_failures", tenant=TENANT) == 1
@@ -99,7 +104,7 @@ def test_a_dead_api_shows_as_failures_back_off_and_a_stale_value(server: Server)
 def test_a_value_that_was_never_read_is_absent_and_not_off(start: StartServer, api: ConfigAPIEmulator) -> None:
     api.fault(TENANT, Fault(status=500, times=None))
     server = start()
-    seen = until(server, lambda seen: seen.value("consecutive_failures", tenant=TENANT) == 1)
+    seen = scrape_when(server, lambda seen: seen.value("consecutive_failures", tenant=TENANT) == 1)
     assert not seen.values("enabled")
     assert not seen.values("age_seconds")
     assert seen.values("freshness", tenant=TENANT) == {("fresh",): 0, ("stale",): 0, ("expired",): 1}
@@ -112,13 +117,14 @@ def test_a_store_out_of_order_shows(server: Server, monkeypatch: pytest.MonkeyPa
 
 def test_every_member_shows_with_what_it_serves(server: Server) -> None:
     read_once(server)
+    began = monotonic()
     server.deliver()
     mine = f":{os.getpid()}"
-    seen = until(server, lambda seen: list(seen.values("member_generation", tenant=TENANT).values()) == [1.0])
+    seen = scrape_when(server, lambda seen: list(seen.values("member_generation", tenant=TENANT).values()) == [1.0])
     ((member,),) = seen.values("member_generation", tenant=TENANT)
     assert member.endswith(mine)
-    assert 0 <= seen.value("member_age_seconds", tenant=TENANT, member=member) < 10
-    assert 0 <= seen.value("member_report_age_seconds", tenant=TENANT, member=member) < 10
+    assert 0 <= seen.value("member_age_seconds", tenant=TENANT, member=member) <= monotonic() - began
+    assert 0 <= seen.value("member_report_age_seconds", tenant=TENANT, member=member) <= monotonic() - began
 
 
 # -- counts ---------------------------------------------------------------------------------------------------------
@@ -131,7 +137,7 @@ def test_deliveries_count_by_what_came_of_them(server: Server) -> None:
     server.deliver(secret="whsec_" + "QUFB" * 8)
     server.deliver(b"{")
     server.deliver({"tenant": "nobody-we-know"})
-    seen = until(server, lambda seen: seen.value("reads_total", tenant=TENANT, result="ok") == 2)
+    seen = scrape_when(server, lambda seen: seen.value("reads_total", tenant=TENANT, result="ok") == 2)
     assert seen.values("deliveries_total", tenant=TENANT) == {("read",): 1, ("later",): 0, ("duplicate",): 1}
     refused = {("unauthorized",): 1, ("bad_request",): 1, ("tenant",): 1}
     assert seen.values("deliveries_total", tenant="") == refused
@@ -140,10 +146,11 @@ def test_deliveries_count_by_what_came_of_them(server: Server) -> None:
 
 def test_a_delivery_that_was_read_shows_how_long_it_took_to_apply(server: Server) -> None:
     read_once(server)
+    began = monotonic()
     server.deliver()
-    seen = until(server, lambda seen: seen.value("invalidation_applied_seconds_count", tenant=TENANT) == 1)
+    seen = scrape_when(server, lambda seen: seen.value("invalidation_applied_seconds_count", tenant=TENANT) == 1)
     (last,) = seen.values("last_invalidation_applied_seconds", tenant=TENANT).values()
-    assert 0 < last == seen.value("invalidation_applied_seconds_sum", tenant=TENANT) < 5
+    assert 0 < last == seen.value("invalidation_applied_seconds_sum", tenant=TENANT) <= monotonic() - began
 
 
 def test_evaluations_over_http_count_by_their_reason(server: Server) -> None:
@@ -166,7 +173,7 @@ def test_evaluations_without_a_value_count_as_what_decided(
 ) -> None:
     api.fault(TENANT, Fault(status=500, times=None))
     server = start(when_expired=policy)
-    until(server, lambda seen: seen.value("consecutive_failures", tenant=TENANT) == 1)
+    scrape_when(server, lambda seen: seen.value("consecutive_failures", tenant=TENANT) == 1)
     for path in (FLAG, "/ofrep/v1/evaluate/flags"):
         server.client.post(path, headers=with_key("viewer"), json={"context": {}})
     assert scrape(server).value("evaluations_total", tenant=TENANT, via="ofrep", reason=reason) == 2
@@ -174,23 +181,25 @@ def test_evaluations_without_a_value_count_as_what_decided(
 
 def test_tokens_that_cannot_be_had_show(start: StartServer, api: ConfigAPIEmulator) -> None:
     api.fault(TENANT, Fault(status=500, times=None, where="token"))
-    seen = until(start(), lambda seen: ("unavailable",) in seen.values("token_renewals_total", tenant=TENANT))
+    seen = scrape_when(start(), lambda seen: ("unavailable",) in seen.values("token_renewals_total", tenant=TENANT))
     assert seen.value("token_renewals_total", tenant=TENANT, result="ok") == 0
 
 
-def test_a_read_that_waits_for_anothers_shows_once(start: StartServer, api: ConfigAPIEmulator) -> None:
-    store = MemoryStore(clock=assemble(api.settings()).clock)
-    server = start(refresh="lazy")
-    service = assemble(api.settings(refresh="lazy"), store=store)
+def test_a_read_that_waits_for_anothers_shows_once(api: ConfigAPIEmulator) -> None:
+    class Shared(MemoryStore):
+        def is_gone(self, holder: str) -> bool:
+            return False
+
+    store = Shared()
+    service = build_service(api.settings(refresh="lazy"), store=store)
     meters = Meters(service)
     meters.listen()
-    held = store.acquire(TENANT, seconds=0.3, metered=False)  # by another process, which never ends it
+    # by another process, which never ends it
+    store.transact(TENANT, partial(begin_read, holder="another", lease_seconds=0.3, newer_than=0))
     try:
-        assert service.cache.refresh(TENANT).record.snapshot is not None
+        assert service.cache.refresh(TENANT).entry.snapshot is not None
     finally:
         service.close()
-        server.parts.provider.shutdown()
-    assert held is not None
     counted = {metric.name: metric.samples for metric in meters.collect()}
     assert [sample.value for sample in counted["external_oms_lease_waits"]] == [1.0]
 
@@ -218,7 +227,7 @@ def snapshot(clock: FakeClock, generation: int) -> Snapshot:
         updated_at=None,
         etag=None,
         generation=generation,
-        read_number=generation + 1,
+        token=generation + 1,
         read_at=clock.monotonic(),
         fetched_at=datetime.fromtimestamp(clock.wall(), UTC),
         lifetime_seconds=30.0,
@@ -234,26 +243,27 @@ def applied(meters: Meters) -> tuple[float, float]:
 
 def test_a_lag_counts_once_for_each_generation_from_its_last_invalidation(clock: FakeClock) -> None:
     settings = Settings(tenant=TENANT, access_token="t", refresh="lazy")
-    meters = Meters(assemble(settings, clock=clock))
+    meters = Meters(build_service(settings, clock=clock))
 
-    def tell(record: Record) -> None:
+    def tell(entry: Entry) -> None:
         windows = Windows(30.0, 30.0, 3600.0)
-        meters.changed(Change(TENANT, ChangeKind.STATE, judge(TENANT, record, now=clock.monotonic(), windows=windows)))
+        evaluation = evaluate(TENANT, entry, now=clock.monotonic(), windows=windows, source=Source.MEMORY)
+        meters.changed(Change(TENANT, ChangeKind.STATE, evaluation))
 
-    tell(Record(generation=7, invalidated_at=clock.monotonic() - 60, reads=1, snapshot=snapshot(clock, 7)))
+    tell(Entry(generation=7, invalidated_at=clock.monotonic() - 60, token=1, snapshot=snapshot(clock, 7)))
     assert applied(meters) == (0, 0), "an invalidation of before this process looked"
     old, invalidated_at = snapshot(clock, 7), clock.monotonic()
-    tell(Record(generation=8, invalidated_at=invalidated_at, reads=2, snapshot=old))
+    tell(Entry(generation=8, invalidated_at=invalidated_at, token=2, snapshot=old))
     assert applied(meters) == (0, 0), "nothing read after it is here yet"
     clock.advance(0.25)
     new = snapshot(clock, 8)
-    tell(Record(generation=8, invalidated_at=invalidated_at, reads=3, snapshot=new))
+    tell(Entry(generation=8, invalidated_at=invalidated_at, token=3, snapshot=new))
     assert applied(meters) == (1, 0.25)
     clock.advance(10)
-    tell(Record(generation=8, invalidated_at=invalidated_at, reads=4, snapshot=new))
+    tell(Entry(generation=8, invalidated_at=invalidated_at, token=4, snapshot=new))
     assert applied(meters) == (1, 0.25), "known"
     ahead = clock.monotonic() + 5
-    tell(Record(generation=9, invalidated_at=ahead, reads=5, snapshot=snapshot(clock, 9)))
+    tell(Entry(generation=9, invalidated_at=ahead, token=5, snapshot=snapshot(clock, 9)))
     assert applied(meters) == (2, 0.25), "another host's clock goes ahead: no lag, and none below nothing"
 
 
@@ -359,7 +369,7 @@ def test_the_registry_of_the_application_is_left_alone_and_its_metrics_are_not_o
 
 def test_the_meters_can_stand_in_a_registry_of_the_application_where_it_asks_for_that() -> None:
     registry = CollectorRegistry()
-    registry.register(Meters(assemble(Settings(tenant=TENANT, access_token="t", refresh="lazy"))))
+    registry.register(Meters(build_service(Settings(tenant=TENANT, access_token="t", refresh="lazy"))))
     assert Scrape.of(generate_latest(registry).decode()).value("generation", tenant=TENANT) == 0
 
 
@@ -437,17 +447,12 @@ def test_a_child_forked_while_others_count_and_scrape_counts_and_scrapes() -> No
         for _ in range(40):
             child = os.fork()
             if child == 0:
+                signal.signal(signal.SIGALRM, signal.SIG_DFL)
+                signal.alarm(30)  # ends a child that hangs in a lock of its parent
                 meters.evaluated(one)
                 # ended by a signal: what measures coverage saves at an exit, and has locks of its own in the parent
                 os.kill(os.getpid(), signal.SIGUSR1 if list(meters.collect()) else signal.SIGUSR2)
-            deadline = monotonic() + 5
-            while (ended := os.waitpid(child, os.WNOHANG))[0] == 0:
-                if monotonic() > deadline:
-                    os.kill(child, 9)
-                    os.waitpid(child, 0)
-                    pytest.fail("a child hangs in a lock of its parent")
-                sleep(0.001)
-            assert os.waitstatus_to_exitcode(ended[1]) == -signal.SIGUSR1
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGUSR1
     finally:
         stop.set()
         for thread in threads:
@@ -458,7 +463,7 @@ def test_a_child_forked_while_others_count_and_scrape_counts_and_scrapes() -> No
 def test_a_child_does_not_tell_its_parents_last_lag(server: Server) -> None:
     read_once(server)
     server.deliver()
-    until(server, lambda seen: bool(seen.values("last_invalidation_applied_seconds")))
+    scrape_when(server, lambda seen: bool(seen.values("last_invalidation_applied_seconds")))
     child = os.fork()
     if child == 0:
         os._exit(1 if scrape(server).values("last_invalidation_applied_seconds") else 0)
@@ -497,9 +502,9 @@ def test_a_scrape_of_shared_counts_says_what_one_of_our_own_says(start: StartSer
     theirs.inc()
     read_once(server)
     server.deliver()
-    seen = until(server, lambda seen: seen.value("reads_total", tenant=TENANT, result="ok") == 2)
+    seen = scrape_when(server, lambda seen: seen.value("reads_total", tenant=TENANT, result="ok") == 2)
     assert seen.values("deliveries_total", tenant=TENANT) == {("read",): 1, ("later",): 0, ("duplicate",): 0}
-    until(server, lambda seen: bool(seen.values("last_invalidation_applied_seconds")))
+    scrape_when(server, lambda seen: bool(seen.values("last_invalidation_applied_seconds")))
     assert "of_the_application" not in seen.text
 
 

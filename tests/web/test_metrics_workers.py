@@ -5,24 +5,18 @@ from __future__ import annotations
 import http.client
 import os
 import signal
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from external_oms.emulator import ConfigAPIEmulator
 from external_oms.web.serving import MEMBER_HEADER
-from tests.hosts.gunicorns import Gunicorn, running
-from tests.hosts.test_one_host import environment
-from tests.web.conftest import SECRET, TENANT, with_key
-from tests.web.scrapes import Scrape
-from tests.web.served import FLAG_PATH, Served, served
+from tests.support.scrapes import Scrape
+from tests.support.servers import FLAG_PATH, SERVE, Gunicorn, Served, environment, gunicorn, served
+from tests.support.waiting import wait_until
+from tests.support.web import TENANT, with_key
 
-SERVE = [sys.executable, "-m", "external_oms", "serve", "--name-members"]
-SECONDS = 20.0
-"""How long a worker may take to be there, on a machine that is busy with other tests."""
+NAMED = (*SERVE, "--name-members")
 
 
 def asked(connection: http.client.HTTPConnection, method: str, path: str, body: str | None = None) -> tuple[str, str]:
@@ -36,31 +30,11 @@ def asked(connection: http.client.HTTPConnection, method: str, path: str, body: 
 
 def each_worker(server: Served, count: int = 2) -> dict[str, http.client.HTTPConnection]:
     """A connection to each worker, by its name: a worker keeps its connections to itself."""
-    found: dict[str, http.client.HTTPConnection] = {}
-    until = time.monotonic() + SECONDS
-    while len(found) < count:
-        assert time.monotonic() < until, server.log.read_text(encoding="utf-8")[-3000:]
-        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
-        try:
-            member, _ = asked(connection, "GET", "/healthz")
-        except (OSError, http.client.HTTPException):
-            member = ""
-        if member and member not in found:
-            found[member] = connection
-        else:
-            connection.close()
-    return found
+    return server.connect_each(count, lambda connection: asked(connection, "GET", "/healthz")[0])
 
 
 def scraped(connection: http.client.HTTPConnection) -> Scrape:
     return Scrape.of(asked(connection, "GET", "/metrics")[1])
-
-
-def until(look: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + SECONDS
-    while not look():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def evaluations(seen: Scrape, via: str = "ofrep") -> float:
@@ -70,7 +44,7 @@ def evaluations(seen: Scrape, via: str = "ofrep") -> float:
 @pytest.mark.timeout(150)
 def test_served_counts_are_sums_over_workers_living_and_dead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    with ConfigAPIEmulator([TENANT]) as api, served(api, tmp_path, command=SERVE) as server:
+    with ConfigAPIEmulator([TENANT]) as api, served(api, tmp_path, command=NAMED) as server:
         (directory,) = tmp_path.glob("external-oms-metrics-*")
         workers = each_worker(server)
         one, other = workers
@@ -83,20 +57,22 @@ def test_served_counts_are_sums_over_workers_living_and_dead(tmp_path: Path, mon
         assert evaluations(before[one]) == evaluations(before[other])
 
         server.flip(True)
-        until(lambda: len(scraped(workers[one]).values("last_invalidation_applied_seconds")) == 2)
+        wait_until(lambda: len(scraped(workers[one]).values("last_invalidation_applied_seconds")) == 2)
         seen = scraped(workers[other])
         assert {member for member, _ in seen.values("last_invalidation_applied_seconds")} == {one, other}
         assert seen.value("invalidation_applied_seconds_count", tenant=TENANT) == 2, "each worker once"
         assert seen.value("deliveries_total", tenant=TENANT, result="read") == 1
-        until(lambda: scraped(workers[one]).value("reads_total", tenant=TENANT, result="ok") == api.reads(TENANT))
+        wait_until(lambda: scraped(workers[one]).value("reads_total", tenant=TENANT, result="ok") == api.reads(TENANT))
         assert seen.value("token_renewals_total", tenant=TENANT, result="ok") == api.tokens_issued(TENANT)
         assert (seen.value("enabled"), seen.value("generation")) == (1, 1)
         assert {member for member, _ in seen.values("member_generation")} <= {one, other}
 
         os.kill(int(one.rpartition(":")[2]), signal.SIGKILL)
         workers[one].close()
-        until(lambda: len(server.workers()) == 2 and f":{server.workers()[0]}" != one)
-        until(lambda: set(scraped(workers[other]).values("last_invalidation_applied_seconds")) == {(other, TENANT)})
+        wait_until(lambda: len(server.workers()) == 2 and f":{server.workers()[0]}" != one)
+        wait_until(
+            lambda: set(scraped(workers[other]).values("last_invalidation_applied_seconds")) == {(other, TENANT)}
+        )
         after = scraped(workers[other])
         assert evaluations(after) == evaluations(before[one]) + 12, "what the dead one counted stays"
         heirs = each_worker(server)
@@ -111,8 +87,8 @@ def shop_scrape(connection: http.client.HTTPConnection) -> Scrape:
     return Scrape.of(asked(connection, "GET", "/metrics")[1])
 
 
-def totals(gunicorn: Gunicorn) -> list[float]:
-    return [evaluations(shop_scrape(connection), "sdk") for connection in gunicorn.connect().values()]
+def totals(shop: Gunicorn) -> list[float]:
+    return [evaluations(shop_scrape(connection), "sdk") for connection in shop.members().values()]
 
 
 @pytest.mark.timeout(150)
@@ -120,33 +96,30 @@ def totals(gunicorn: Gunicorn) -> list[float]:
 def test_the_workers_of_an_application_count_together_where_it_has_them_do_so(preload: bool, tmp_path: Path) -> None:
     (counts := tmp_path / "counts").mkdir()
     with ConfigAPIEmulator([TENANT]) as api:
-        variables = environment(api, tmp_path / "state.db") | {
+        variables = environment(api, store=f"sqlite:///{tmp_path}/state.db") | {
             "EXTERNAL_OMS_METRICS_OPEN": "true",
-            "EXTERNAL_OMS_WEBHOOK_SECRETS": SECRET,
             "PROMETHEUS_MULTIPROC_DIR": str(counts),
         }
         log = tmp_path / "log"
-        with running(
-            "tests.hosts.metered_shop:app", environment=variables, log=log, workers=2, preload=preload
-        ) as gunicorn:
-            gunicorn.evaluate(6)
-            assert totals(gunicorn) == [12, 12]
-            killed = next(iter(gunicorn.connections))
-            gunicorn.kill(killed)
-            assert totals(gunicorn) == [12, 12]
-            gunicorn.evaluate(3)
-            assert totals(gunicorn) == [18, 18]
-            assert killed not in gunicorn.connections
-            assert "shop_orders" not in shop_scrape(next(iter(gunicorn.connections.values()))).text
+        with gunicorn("tests.hosts.metered_shop:app", environ=variables, log=log, workers=2, preload=preload) as shop:
+            shop.evaluate(6)
+            assert totals(shop) == [12, 12]
+            killed = next(iter(shop.connections))
+            shop.kill(killed)
+            assert totals(shop) == [12, 12]
+            shop.evaluate(3)
+            assert totals(shop) == [18, 18]
+            assert killed not in shop.connections
+            assert "shop_orders" not in shop_scrape(next(iter(shop.connections.values()))).text
         assert "/metrics" not in log.read_text(encoding="utf-8"), "nothing is missing, so nothing is said"
 
 
 @pytest.mark.timeout(150)
 def test_an_application_whose_workers_count_alone_is_told_so(tmp_path: Path) -> None:
     with ConfigAPIEmulator([TENANT]) as api:
-        variables = environment(api, tmp_path / "state.db") | {"EXTERNAL_OMS_METRICS_OPEN": "true"}
+        variables = environment(api, store=f"sqlite:///{tmp_path}/state.db") | {"EXTERNAL_OMS_METRICS_OPEN": "true"}
         log = tmp_path / "log"
-        with running("tests.hosts.metered_shop:app", environment=variables, log=log, workers=2) as gunicorn:
-            gunicorn.evaluate(6)
-            assert totals(gunicorn) == [6, 6]
+        with gunicorn("tests.hosts.metered_shop:app", environ=variables, log=log, workers=2) as shop:
+            shop.evaluate(6)
+            assert totals(shop) == [6, 6]
         assert "PROMETHEUS_MULTIPROC_DIR" in log.read_text(encoding="utf-8")

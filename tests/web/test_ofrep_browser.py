@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import threading
 from collections.abc import Iterator
 from functools import partial
@@ -10,13 +9,14 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect
 
 from external_oms.emulator import ConfigAPIEmulator
-from tests.web.conftest import KEYS, TENANT
-from tests.web.served import Served, served
+from tests.support.servers import Served, served
+from tests.support.web import KEYS, TENANT
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "ofrep_browser"
+NODE = Path(__file__).parents[1] / "support" / "node"
 CORE = "/node_modules/@openfeature/ofrep-core/"
 
 
@@ -27,7 +27,7 @@ class _Page(SimpleHTTPRequestHandler):
         if path.startswith(CORE):  # the web client's own, which stands inside it where the server's client is there too
             path = path.replace(CORE, f"/node_modules/@openfeature/ofrep-web-provider{CORE}")
         if path.startswith("/node_modules/"):
-            return str(Path(__file__).parent / "node" / path.lstrip("/"))
+            return str(NODE / path.lstrip("/"))
         return super().translate_path(path)
 
     def log_message(self, *_: object) -> None:
@@ -35,7 +35,7 @@ class _Page(SimpleHTTPRequestHandler):
 
 
 @pytest.fixture(scope="module")
-def origin(installed: Path) -> Iterator[str]:
+def origin(node: Path) -> Iterator[str]:
     """Where the page is: another origin than the server's."""
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(_Page, directory=str(EXAMPLE))) as pages:
         thread = threading.Thread(target=pages.serve_forever, args=(0.05,))
@@ -53,14 +53,10 @@ def server(origin: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
 
 
 @pytest.fixture
-def page() -> Iterator[Page]:
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
-    if chromium is None:
-        pytest.skip("chromium is not on the PATH")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        yield browser.new_page()
-        browser.close()
+def page(browser: Browser) -> Iterator[Page]:
+    context = browser.new_context()
+    yield context.new_page()
+    context.close()
 
 
 def connect(page: Page, at: str, server: Served, key: str) -> None:

@@ -3,7 +3,6 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterator
-from time import monotonic, sleep
 from typing import Any
 
 import pytest
@@ -24,7 +23,8 @@ from external_oms.emulator import ConfigAPIEmulator
 from external_oms.errors import StoreError
 from external_oms.web import create_app, openapi
 from external_oms.web.parts import parts_of
-from tests.web.conftest import BEARER, ENTRIES, HOOK, SECRET, TENANT, Server, StartServer, with_key
+from tests.support.waiting import wait_until
+from tests.support.web import BEARER, ENTRIES, HOOK, SECRET, TENANT, Server, StartServer, with_key
 
 CHECKS = [
     not_a_server_error,
@@ -48,10 +48,7 @@ def described() -> Iterator[schemathesis.BaseSchema]:
         app = create_app(api.settings(TENANT, "globex", **many, **credentials))
         parts = parts_of(app)
         assert parts is not None
-        until = monotonic() + 10
-        while app.test_client().get("/readyz").status_code != 200:
-            assert monotonic() < until
-            sleep(0.01)
+        wait_until(lambda: app.test_client().get("/readyz").status_code == 200)
         document = app.test_client().get("/openapi.json").get_json()
         document["components"]["parameters"]["tenant"]["schema"] = {"enum": [TENANT, "globex", "nobody"]}
         document["components"]["schemas"]["Delivery"]["properties"]["tenant"] = {"enum": [TENANT, "globex", "nobody"]}
@@ -154,7 +151,7 @@ def test_a_store_that_cannot_be_used_is_an_answer_as_documented(
     def broken(*_: object, **__: object) -> None:
         raise StoreError("the store cannot be used; see /readyz")
 
-    monkeypatch.setattr(server.parts.service.cache, "deliver", broken)
+    monkeypatch.setattr(server.parts.service.cache, "invalidate", broken)
     answer = server.deliver()
     assert (answer.status_code, answer.get_json()["kind"]) == (503, "store")
     assert int(answer.headers["Retry-After"]) >= 1

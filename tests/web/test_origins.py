@@ -6,7 +6,7 @@ from werkzeug.test import TestResponse
 
 from external_oms.errors import SettingsError
 from external_oms.web.origins import allow_origins, check_origins
-from tests.web.conftest import Server, StartServer, with_key
+from tests.support.web import Server, StartServer, with_key
 
 ALL = "/ofrep/v1/evaluate/flags"
 SHOP = "https://shop.example"

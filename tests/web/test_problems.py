@@ -23,7 +23,7 @@ from external_oms.errors import (
     WriteOutcomeUnknown,
 )
 from external_oms.web.problems import PROBLEM_TYPE, Problem, problem_of, report_problems, resource, whole_seconds
-from tests.web.conftest import Server, with_key
+from tests.support.web import Server, with_key
 
 SECRET_TEXT = "a text of somebody else's, which may hold a secret"
 

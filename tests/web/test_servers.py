@@ -1,15 +1,13 @@
 from __future__ import annotations
 
-import socket
-import subprocess
 import sys
 import urllib.request
 from pathlib import Path
-from time import monotonic, sleep
 
 import pytest
 
 from external_oms.web.servers import worker_count
+from tests.support.servers import serving
 
 GUNICORN = {"SERVER_SOFTWARE": "gunicorn/23.0.0"}
 
@@ -48,6 +46,7 @@ def test_the_number_of_workers_is_read_where_the_server_leaves_it(
 TELLS = """
 import os, sys
 from external_oms.web.servers import worker_count
+from tests.support.servers import serving
 
 def application(environ, start_response):
     start_response("200 OK", [])
@@ -55,30 +54,13 @@ def application(environ, start_response):
 """
 
 
-def asked(port: int) -> str:
-    """What the server answers, as soon as it does."""
-    until = monotonic() + 20
-    while True:
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=5) as answer:
-                return str(answer.read().decode())
-        except OSError:
-            assert monotonic() < until
-            sleep(0.02)
-
-
 @pytest.mark.parametrize(("arguments", "environ"), [(["-w", "2", "--preload"], {}), ([], {"WEB_CONCURRENCY": "2"})])
 def test_a_real_gunicorn_leaves_it_where_we_look(tmp_path: Path, arguments: list[str], environ: dict[str, str]) -> None:
     (tmp_path / "tells.py").write_text(TELLS)
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    given = ["-b", f"127.0.0.1:{port}", "--chdir", str(tmp_path), *arguments, "tells"]
-    inherited = {"PATH": "/usr/bin:/bin", "PYTHONPATH": ":".join(filter(None, sys.path))}
-    with subprocess.Popen(
-        [sys.executable, "-m", "gunicorn", *given], env={**inherited, **environ}, stderr=subprocess.DEVNULL
-    ) as server:
-        try:
-            assert asked(port) == "2"
-        finally:
-            server.terminate()
-            server.wait(10)
+    command = [sys.executable, "-m", "gunicorn", *arguments, "tells"]
+    inherited = {"PYTHONPATH": ":".join([str(tmp_path), *filter(None, sys.path)])}
+    with (
+        serving(command, environ={**inherited, **environ}, log=tmp_path / "log") as server,
+        urllib.request.urlopen(server.url, timeout=20) as answer,
+    ):
+        assert answer.read() == b"2"

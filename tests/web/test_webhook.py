@@ -12,8 +12,11 @@ from werkzeug.test import EnvironBuilder, TestResponse, run_wsgi_app
 
 from external_oms import signature
 from external_oms.emulator import ConfigAPIEmulator, Fault
+from external_oms.errors import StoreBusy, StoreError
 from external_oms.web.problems import PROBLEM_TYPE
-from tests.web.conftest import BEARER, HOOK, MALFORMED, OLD_SECRET, SECRET, TENANT, Server, StartServer
+from tests.support.stores import FaultyStore
+from tests.support.waiting import wait_until
+from tests.support.web import BEARER, HOOK, MALFORMED, OLD_SECRET, SECRET, TENANT, Server, StartServer, with_key
 
 LOGGER = "external_oms"
 
@@ -26,6 +29,13 @@ def keyed(server: Server, body: object = None, **headers: str) -> TestResponse:
     return server.client.post(
         HOOK, json=body or {"tenant": TENANT}, headers={"Authorization": f"Bearer {BEARER}", **headers}
     )
+
+
+def history(server: Server) -> list[dict[str, Any]]:
+    answer = server.get("/api/v1/history").json
+    assert answer is not None
+    events: list[dict[str, Any]] = answer["events"]
+    return events
 
 
 # -- what a genuine delivery does --------------------------------------------------------------------------------------
@@ -66,15 +76,32 @@ def test_with_one_tenant_its_name_may_be_left_out(server: Server, body: object) 
     assert server.generation() == 1
 
 
-def test_a_repeated_id_is_a_duplicate_and_does_nothing_else(server: Server) -> None:
+def test_a_repeated_id_is_a_duplicate_and_changes_nothing_at_all(server: Server) -> None:
     first = server.deliver(delivery_id="msg_same")
-    reads = server.api.reads(TENANT)
+    versions, index = server.parts.service.store.version_ref(TENANT)
+    before = (server.api.reads(TENANT), history(server), versions[index])
     again = server.deliver(delivery_id="msg_same")
     assert (first.status_code, again.status_code) == (200, 200)
-    assert again.json is not None
-    assert again.json["duplicate"] is True
-    assert server.generation() == 1
-    assert server.api.reads(TENANT) == reads
+    assert again.json == {"tenant": TENANT, "generation": 1, "duplicate": True, "refreshed": False, "enabled": False}
+    assert (server.api.reads(TENANT), history(server), versions[index]) == before
+
+
+def test_a_delivery_leaves_a_row_with_its_generation_and_the_read_after_it_rows_of_its_own(server: Server) -> None:
+    assert server.parts.provider.enabled() is False
+    server.api.set_enabled(TENANT, True)
+    server.deliver(delivery_id="msg_flip")
+    changed, delivery, first = history(server)
+    assert (first["cause"], first["detail"]) == ("changed", "first value")
+    assert {name: delivery[name] for name in ("cause", "actor", "delivery_id", "enabled", "latency_seconds")} == {
+        "cause": "delivery",
+        "actor": "webhook",
+        "delivery_id": "msg_flip",
+        "enabled": None,
+        "latency_seconds": None,
+    }
+    assert delivery["detail"] == "generation 1"
+    assert (changed["cause"], changed["enabled"]) == ("changed", True)
+    assert changed["latency_seconds"] > 0
 
 
 def test_an_id_beside_a_key_is_used_against_repetition_only_if_it_is_one(server: Server) -> None:
@@ -102,6 +129,74 @@ def test_a_delivery_after_the_provider_was_shut_down_still_invalidates(start: St
     server.parts.provider.shutdown()
     assert server.deliver().status_code == 202
     assert server.generation() == 1
+
+
+# -- a store that fails -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fault", [StoreError("connection refused"), StoreBusy("in use"), ValueError("a defect")])
+def test_a_delivery_that_the_shared_store_cannot_take_is_never_called_taken(
+    start: StartServer, fault: Exception
+) -> None:
+    """No other process would hear of it; the sender repeats it, and then it counts as the first."""
+    store = FaultyStore()
+    server = start(shared=store)
+    assert server.parts.provider.enabled() is False
+    server.api.set_enabled(TENANT, True)
+    store.fault = fault
+    refused = server.deliver(delivery_id="msg_down")
+    assert (refused.status_code, refused.mimetype) == (503, PROBLEM_TYPE)
+    assert int(refused.headers["Retry-After"]) >= 1
+    assert store.data.load(TENANT).generation == 0
+    assert server.get(f"/api/v1/tenants/{TENANT}").json != {}, "whoever asks is answered meanwhile"
+    store.fault = None
+    wait_until(lambda: store.data.load(TENANT).generation > 0, message="this process repeats it to the store")
+
+    def taken() -> TestResponse | None:
+        answer = server.deliver(delivery_id="msg_down")
+        return answer if answer.status_code == 200 else None
+
+    again = wait_until(taken)
+    assert again.json is not None
+    assert (again.json["duplicate"], again.json["enabled"]) == (False, True)
+
+
+def test_a_process_whose_store_fails_serves_no_value_from_before_the_delivery_as_fresh(start: StartServer) -> None:
+    store = FaultyStore()
+    server = start(shared=store, refresh="lazy")
+    assert server.parts.provider.enabled() is False
+    server.api.fault(TENANT, Fault(status=500, times=None))
+    store.fault = StoreError("connection refused")
+    assert server.deliver().status_code == 503
+    state = server.get(f"/api/v1/tenants/{TENANT}").json
+    assert state is not None
+    assert (state["enabled"], state["freshness"]) == (False, "stale")
+
+
+@pytest.mark.parametrize("fault", [StoreError("connection refused"), StoreBusy("in use")])
+@pytest.mark.parametrize(
+    ("method", "path", "role"),
+    [
+        ("GET", "/api/v1/tenants", "viewer"),
+        ("GET", "/api/v1/history", "viewer"),
+        ("POST", f"/api/v1/tenants/{TENANT}/refresh", "operator"),
+        ("GET", "/metrics", "viewer"),
+        ("GET", "/readyz", "nobody"),
+        ("GET", "/", "viewer"),
+        ("POST", "/ofrep/v1/evaluate/flags", "viewer"),
+    ],
+)
+def test_a_store_that_fails_is_answered_for_or_is_a_503_with_retry_after(
+    start: StartServer, method: str, path: str, role: str, fault: Exception
+) -> None:
+    store = FaultyStore()
+    server = start(shared=store, timeout_seconds=0.2)
+    server.parts.provider.enabled()
+    store.fault = fault
+    answer = server.client.open(path, method=method, headers=with_key(role), json={} if method == "POST" else None)
+    assert answer.status_code in {200, 502, 503}
+    if answer.status_code == 503:
+        assert int(answer.headers["Retry-After"]) >= 1
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------------
@@ -217,6 +312,15 @@ def test_too_many_deliveries_wait_in_whole_seconds_and_forgers_lock_nobody_out(s
     assert [answer.status_code for answer in genuine] == [200, 200, 200, 429]
     for answer in (forged[-1], genuine[-1]):
         assert 1 <= int(answer.headers["Retry-After"]) <= 60
+    assert server.generation() == 3
+
+
+def test_replays_use_up_nothing_of_the_limit_of_genuine_deliveries(start: StartServer) -> None:
+    server = start(webhook_per_minute=3)
+    assert server.deliver(delivery_id="msg_first").status_code == 200
+    replays = [server.deliver(delivery_id="msg_first") for _ in range(10)]
+    assert [answer.status_code for answer in replays] == [200] * 10
+    assert [server.deliver().status_code for _ in range(3)] == [200, 200, 429]
     assert server.generation() == 3
 
 

@@ -9,17 +9,18 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from enum import StrEnum
-from urllib.parse import urlsplit
 
-from external_oms.assemble import make_store, token_source
 from external_oms.auth import TokenSource
 from external_oms.client import READ_SCOPE, WRITE_SCOPE, ConfigClient
 from external_oms.clock import Clock
 from external_oms.config import format_instant
-from external_oms.errors import ExternalOMSError, ReadError, SettingsError
+from external_oms.errors import ExternalOMSError, ReadError, SettingsError, StoreError
 from external_oms.settings import ENV_PREFIX, Settings, TenantSettings
+from external_oms.store_url import mask_passwords
+from external_oms.stores.base import Health
 from external_oms.transport import Transport
 from external_oms.web.app import FLAGS, check_credentials
+from external_oms.wiring import make_store, token_source
 
 __all__ = ["Finding", "Verdict", "claims_of", "examine", "origins"]
 
@@ -34,6 +35,9 @@ _ADVICE = {
     "malformed": "check config_path: another resource, or a sign-in page, answers there",
 }
 
+
+MAX_EXP = 1e12
+"""The latest `exp` of a token that is believed, in the year 33658: an integer of 400 digits is no float."""
 
 _COUNTED = frozenset({"webhook_secrets", "webhook_api_keys", "api_keys"})
 """Lists of secrets, or of what recognises them: their number is all that is told."""
@@ -98,12 +102,7 @@ def _open(name: str, value: object) -> str:
         return f"{value:.0f}" if value.is_integer() else str(value)
     if isinstance(value, bool):
         return str(value).lower()
-    return _without_password(str(value)) if name == "store" else str(value)
-
-
-def _without_password(address: str) -> str:
-    head, at, tail = address.rpartition("@")
-    return f"{urlsplit(head).scheme}://…@{tail}" if at else address
+    return str(value)  # a store's URL shows no password
 
 
 def examine(settings: Settings, *, clock: Clock) -> Iterator[Finding]:
@@ -159,7 +158,7 @@ def claims_of(token: str) -> Mapping[str, object] | None:
 
 def _token_finding(subject: str, how: str, claims: Mapping[str, object] | None, *, now_wall: float) -> Finding:
     ends = claims.get("exp") if claims else None
-    if isinstance(ends, bool) or not isinstance(ends, int | float):
+    if isinstance(ends, bool) or not isinstance(ends, int | float) or not abs(ends) < MAX_EXP:
         return Finding(subject, Verdict.OK, how)
     left = ends - now_wall
     if left > 0:
@@ -210,13 +209,11 @@ def _read_finding(
 def _clock_finding(settings: Settings, clock: Clock) -> Finding:
     """This host's clock against the Date that the API's own answer carries; which answer does not matter."""
     tenant, reached = next(iter(settings.by_tenant().items()))
-    transport = Transport(None, subject="the config API", clock=clock)
+    transport = Transport(None, subject="the config API", url_setting="base_url", clock=clock)
     began = clock.wall()
     try:
-        with transport.call(clock.monotonic() + settings.timeout_seconds) as call:
-            answer = transport.exchange(
-                call, "HEAD", reached.config_url(tenant), signer=lambda asked: asked, headers={}
-            )
+        with transport.deadline(clock.monotonic() + settings.timeout_seconds) as deadline:
+            answer = transport.send(deadline, "HEAD", reached.config_url(tenant), headers={})
     except ReadError as error:
         return Finding("clock", Verdict.NOTE, f"not to be compared: {error}")
     ended = clock.wall()
@@ -235,14 +232,16 @@ def _clock_finding(settings: Settings, clock: Clock) -> Finding:
 
 
 def _store_finding(settings: Settings, clock: Clock) -> Finding:
-    where = _without_password(settings.store)
+    where = mask_passwords(settings.store)
     try:
         store = make_store(settings, clock=clock)
     except (ExternalOMSError, OSError) as error:
         return Finding("store", Verdict.FAIL, str(error), "choose another place in the setting store")
     try:
-        store.history(limit=1)  # goes where the records are, and changes nothing
+        store.history(limit=1)  # goes where the entries are, and changes nothing
         health = store.health()
+    except StoreError as error:
+        health = Health(ok=False, problem=str(error))
     finally:
         store.close()
     if not health.ok:

@@ -14,10 +14,10 @@ from typing import Any, NoReturn, TypeVar
 
 import click
 
-from external_oms.assemble import Service, assemble
 from external_oms.cli.place import with_place
 from external_oms.errors import ExternalOMSError, SettingsError, TenantError, WriteOutcomeUnknown
 from external_oms.settings import Settings
+from external_oms.wiring import Service, build_service
 
 __all__ = ["Code", "Edge", "actor", "fail", "json_option", "opened", "tenant_option"]
 
@@ -96,7 +96,7 @@ def opened(*, background: bool = False) -> Iterator[Service]:
         StoreError: The store's file cannot be used where it is.
     """
     settings = with_place(Settings())
-    service = assemble(settings if background else settings.replaced(refresh="lazy"))
+    service = build_service(settings if background else settings.replaced(refresh="lazy"))
     try:
         yield service
     finally:

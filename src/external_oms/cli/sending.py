@@ -22,7 +22,7 @@ from external_oms.config import format_instant
 from external_oms.errors import SettingsError, SignatureError
 from external_oms.settings import ENV_PREFIX, Settings, listed
 from external_oms.tenants import is_loopback
-from external_oms.transport import Answer, Transport
+from external_oms.transport import Response, Transport
 from external_oms.web.serving import DEFAULT_BIND
 from external_oms.web.webhook import PATH
 
@@ -122,13 +122,13 @@ def _headers(body: bytes, secret: str, delivery_id: str, *, bearer: bool) -> dic
     return {"Content-Type": "application/json", **credentials}
 
 
-def _sent(url: str, headers: Mapping[str, str], body: bytes) -> Answer:
-    transport = Transport(None, subject="the webhook", clock=SYSTEM_CLOCK)
-    with transport.call(SYSTEM_CLOCK.monotonic() + TIMEOUT_SECONDS) as call:
-        return transport.exchange(call, "POST", url, signer=lambda asked: asked, headers=headers, body=body)
+def _sent(url: str, headers: Mapping[str, str], body: bytes) -> Response:
+    transport = Transport(None, subject="the webhook", url_setting="--url", clock=SYSTEM_CLOCK)
+    with transport.deadline(SYSTEM_CLOCK.monotonic() + TIMEOUT_SECONDS) as deadline:
+        return transport.send(deadline, "POST", url, headers=headers, body=body)
 
 
-def _print_answer(answer: Answer, delivery_id: str, seconds: float) -> None:
+def _print_answer(answer: Response, delivery_id: str, seconds: float) -> None:
     good = answer.status in {HTTPStatus.OK, HTTPStatus.ACCEPTED}
     say(cell(str(answer.status), "bold green" if good else "bold red"), f"in {span(seconds)}, webhook-id {delivery_id}")
     shown = "".join(c if c.isprintable() else " " for c in answer.body.decode("utf-8", "replace"))

@@ -9,7 +9,6 @@ import sys
 
 import click
 
-from external_oms.assemble import make_store
 from external_oms.cli.endings import endable, wait_to_be_ended
 from external_oms.cli.frame import fail
 from external_oms.cli.place import with_place
@@ -20,6 +19,7 @@ from external_oms.settings import Settings
 from external_oms.tenants import is_tenant_name
 from external_oms.web.app import FLAGS, check_credentials
 from external_oms.web.serving import DEFAULT_BIND, THREADS, Serving, is_private, is_taken, run
+from external_oms.wiring import make_store
 
 __all__ = ["emulate", "serve"]
 

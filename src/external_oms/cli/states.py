@@ -9,15 +9,14 @@ from datetime import UTC, datetime
 
 import click
 
-from external_oms.assemble import Service
 from external_oms.cli.endings import endable
 from external_oms.cli.frame import Code, fail, json_option, opened, tenant_option
 from external_oms.cli.printing import Cell, ago, cell, clock_time, flag, moment, print_json, print_table, say, span
 from external_oms.config import format_instant
-from external_oms.freshness import Freshness
-from external_oms.judgement import Answer, State, state_of
-from external_oms.stores.base import Cause, Event
+from external_oms.policy import Evaluation, Freshness, State, state_of
+from external_oms.records import Cause, Event
 from external_oms.web.shapes import event_shape, state_shape
+from external_oms.wiring import Service
 
 __all__ = ["history", "status", "watch"]
 
@@ -60,13 +59,13 @@ def _present(service: Service, tenants: Sequence[str]) -> list[State]:
     """The states, after one read of each tenant that has nothing to serve; those at the same time."""
     cache = service.cache
 
-    def look(tenant: str) -> Answer:
-        answer = cache.peek(tenant)
-        return cache.lookup(tenant) if answer.servable is None else answer
+    def look(tenant: str) -> Evaluation:
+        evaluation = cache.peek(tenant)
+        return cache.lookup(tenant) if evaluation.servable is None else evaluation
 
     with ThreadPoolExecutor(MAX_TENANTS_AT_ONCE) as threads:
-        answers = list(threads.map(look, tenants))
-    return [state_of(answer, now=service.clock.monotonic()) for answer in answers]
+        evaluations = list(threads.map(look, tenants))
+    return [state_of(evaluation, now=service.clock.monotonic()) for evaluation in evaluations]
 
 
 def _print_states(states: Sequence[State]) -> None:
@@ -112,7 +111,7 @@ def watch(tenant: str | None, as_json: bool) -> None:
     with endable(), opened(background=True) as service:
         tenants = _chosen(service, tenant)
         news: queue.SimpleQueue[str] = queue.SimpleQueue()
-        service.cache.changes.listen(lambda change: news.put(change.tenant))
+        service.cache.changes.subscribe(lambda change: news.put(change.tenant))
         _present(service, tenants)
         service.cache.start()
         told: dict[str, Essence] = {}

@@ -7,12 +7,12 @@ import sys
 
 import click
 
-from external_oms.assemble import Service
 from external_oms.cli.frame import Code, actor, fail, opened, tenant_option
 from external_oms.cli.printing import cell, flag, moment, say
 from external_oms.config import FLAG_KEY
 from external_oms.errors import ReadError
-from external_oms.judgement import State
+from external_oms.policy import State
+from external_oms.wiring import Service
 
 __all__ = ["disable", "enable"]
 

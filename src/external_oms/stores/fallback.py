@@ -19,7 +19,7 @@ from functools import partial
 from typing import TypeVar
 
 from external_oms.clock import Clock
-from external_oms.entry import Entry, Invalidated, Invalidation, Transition, invalidate
+from external_oms.entry import Change, Entry, Invalidated, Invalidation, Moment, Transition, invalidate
 from external_oms.errors import ExternalOMSError, StoreBusy, StoreError
 from external_oms.records import Cause, Event, Member
 from external_oms.stores.base import Health, Store
@@ -34,6 +34,10 @@ FIRST_RETRY_SECONDS = 0.2
 
 LAST_RETRY_SECONDS = 1.0
 """The longest wait between two tries, before jitter: how long a recovered store stays unused."""
+
+LOST_SECONDS = 2.0
+"""By how many seconds the value in the store must be older than the one that this process knows to count as lost: more
+than the clocks of two hosts differ by."""
 
 T = TypeVar("T")
 
@@ -99,7 +103,10 @@ class Fallback:
         return self._call(lambda store: store.version_ref(tenant))
 
     def load(self, tenant: str) -> Entry:
-        """Return the entry; not verified where the shared store does not have what this process knows."""
+        """Return the entry; not verified where the shared store does not have what this process knows.
+
+        A value that the store has lost is kept as stale, since it is better than none while the API is down.
+        """
         local = self._local
         if local is not None:
             self._known.setdefault(tenant, Entry())
@@ -110,18 +117,26 @@ class Fallback:
             if known is not None and known.generation > entry.generation:
                 entry = self._shared.load(tenant)  # another thread may have loaded a later one in between
         except StoreBusy:
-            return replace(self._known.get(tenant, Entry()), verified=False)
+            last = self._known.get(tenant, Entry())
+            return replace(last, generation=max(last.generation, self._owed.get(tenant, 0)), verified=False)
         except Exception as error:  # noqa: BLE001 - a store must not fail an evaluation, whatever it raises
+            self._known.setdefault(tenant, Entry())
             return self._degrade(error).load(tenant)
-        if known is not None and known.generation > entry.generation:
+        owed = self._owed.get(tenant, 0)
+        if known is not None and known.generation > max(entry.generation, owed):
             logger.warning("tenant %s: the store has lost generation %d; raising it again", tenant, known.generation)
             with self._lock:
-                self._owed[tenant] = max(self._owed.get(tenant, 0), known.generation)
-            return replace(entry, generation=known.generation, verified=False)
-        owed = self._owed.get(tenant)
-        if owed is not None:
-            return replace(entry, generation=max(entry.generation, owed), verified=False)
-        self._known[tenant] = entry
+                owed = self._owed[tenant] = max(self._owed.get(tenant, 0), known.generation)
+        if known is not None and _has_lost_value(entry, known):
+            # perhaps an invalidation is lost with the value: it is stale, and better than an older one or none
+            entry = replace(entry, snapshot=known.snapshot, verified=False)
+        if tenant in self._owed:
+            entry = replace(entry, generation=max(entry.generation, owed), verified=False)
+        with self._lock:
+            latest = self._known.get(tenant)
+            if latest is not None and latest.generation > entry.generation:  # an invalidation came in between
+                entry = replace(entry, generation=latest.generation, verified=False)
+            self._known[tenant] = entry
         return entry
 
     def transact(self, tenant: str, transition: Transition[T], *, delivery_ids: Sequence[str] = ()) -> T:
@@ -136,13 +151,16 @@ class Fallback:
         """
         ids = [request.delivery_id for request in requests if request.delivery_id is not None]
         if self._local is None:
+            known = self._known.get(tenant, Entry())
+            transition = partial(invalidate, requests=requests, at_least=known.generation + 1)
             try:
-                results = self._shared.transact(tenant, partial(invalidate, requests=requests), delivery_ids=ids)
+                results = self._shared.transact(tenant, transition, delivery_ids=ids)
             except StoreBusy:
                 return self._owe(tenant, len(requests)), False
             except Exception as error:  # noqa: BLE001 - as in `load`
                 self._degrade(error)
             else:
+                self._follow(tenant, results[-1].generation)
                 return results, True
         unnamed = [replace(request, delivery_id=None) for request in requests]
         with self._lock:
@@ -152,6 +170,16 @@ class Fallback:
             if tenant in self._owed:
                 self._owed[tenant] = max(self._owed[tenant], results[-1].generation)
         return results, False
+
+    def _follow(self, tenant: str, generation: int) -> None:
+        """Have the local store follow an invalidation that the shared store took, where this process has left it."""
+        with self._lock:
+            known = self._known.get(tenant, Entry())
+            if known.generation < generation:  # a local store that is made from now on begins with it
+                self._known[tenant] = replace(known, generation=generation)
+            local = self._local
+        if local is not None:
+            local.transact(tenant, partial(invalidate, requests=[Invalidation()], at_least=generation))
 
     def _owe(self, tenant: str, count: int) -> tuple[Invalidated, ...]:
         known = self._known.get(tenant, Entry())
@@ -224,6 +252,7 @@ class Fallback:
                 return ()
             try:
                 self._shared.poll()
+                self._probe()
             except Exception:  # noqa: BLE001 - as in `load`
                 self._retries += 1
                 pause = min(LAST_RETRY_SECONDS, FIRST_RETRY_SECONDS * 2.0 ** min(self._retries, 10))
@@ -238,7 +267,15 @@ class Fallback:
         except Exception as error:  # noqa: BLE001 - as in `load`
             self._degrade(error)
             return tuple(self._known)
-        return {*changed, *self._repay()} if self._owed else changed
+        return (*changed, *self._repay()) if self._owed else changed
+
+    def _probe(self) -> None:
+        """Write an entry as it is: a store that can be read may refuse to be written, as when its disk is full.
+
+        Without that, such a store would be taken back into use and given up again all the time.
+        """
+        for tenant in tuple(self._known)[:1]:
+            self._shared.transact(tenant, _rewrite)
 
     def _recover(self, local: MemoryStore) -> None:
         """Return to the shared store. Until what is owed is repaid, `load` verifies nothing of those tenants."""
@@ -249,6 +286,8 @@ class Fallback:
         self._repay()
         for event in reversed(local.history(limit=self._history_rows)):
             self.append(event)
+        if self._problem:  # it failed again meanwhile
+            return
         logger.warning("the shared store works again; it failed with: %s", problem)
 
     def _repay(self) -> Collection[str]:
@@ -264,12 +303,14 @@ class Fallback:
             repeat = partial(invalidate, requests=[Invalidation(event)], at_least=generation + 1)
             try:
                 self._shared.transact(tenant, repeat)
-            except StoreError:  # the next poll tries again, or finds the store failed
+            except StoreBusy:  # the next poll tries again
+                break
+            except Exception as error:  # noqa: BLE001 - as in `load`
+                self._degrade(error)
                 break
             with self._lock:
                 if self._owed.get(tenant) == generation:
                     del self._owed[tenant]
-            self._known.pop(tenant, None)  # what is in the store now is what is known
             self.touch(tenant)
             repaid.append(tenant)
         return repaid
@@ -319,9 +360,8 @@ class Fallback:
         self._shared.start()
 
     def after_fork(self) -> None:
-        """Begin anew in a forked child; what is owed the parent repeats."""
+        """Make a new lock in a forked child. It owes what the parent owes: a repetition more does no harm."""
         self._lock = threading.Lock()
-        self._owed = {}
         self._shared.after_fork()
         if self._local is not None:
             self._local.after_fork()
@@ -330,3 +370,14 @@ class Fallback:
         """End the threads and handles of the shared store."""
         if self._owned:
             self._shared.close()
+
+
+def _has_lost_value(entry: Entry, known: Entry) -> bool:
+    """Return whether the store holds no value, or one that was read before the one that this process knows."""
+    if known.snapshot is None or entry.snapshot is None:
+        return known.snapshot is not None
+    return entry.snapshot.read_at + LOST_SECONDS < known.snapshot.read_at
+
+
+def _rewrite(entry: Entry, moment: Moment) -> Change[None]:  # noqa: ARG001 - the form of a transition
+    return Change(replace(entry), None)  # another object, so that it is stored

@@ -1,140 +1,191 @@
-"""A client of redis-py for every form of URL, bounded in time from the start; and what is used of such clients."""
+"""Clients of redis-py for every form of URL, checked before they connect and bounded in time; their errors as ours."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol, cast
-from urllib.parse import parse_qsl, unquote, urlsplit, urlunsplit
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeAlias, cast
+from urllib.parse import urlsplit
 
-from redis import Redis
+from redis import Redis, RedisCluster
 from redis.backoff import NoBackoff
-from redis.cluster import RedisCluster
-from redis.exceptions import ChildDeadlockedError, RedisClusterException, RedisError
+from redis.client import PubSub
+from redis.cluster import ClusterNode
+from redis.connection import ConnectionPool, SSLConnection, parse_url
+from redis.exceptions import (
+    AuthenticationError,
+    BusyLoadingError,
+    ChildDeadlockedError,
+    ClusterDownError,
+    ConnectionError,  # noqa: A004 - redis-py's, not the built-in one
+    NoPermissionError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    RedisClusterException,
+    RedisError,
+    SlotNotCoveredError,
+    TimeoutError,  # noqa: A004 - redis-py's, not the built-in one
+)
 from redis.retry import Retry
 from redis.sentinel import Sentinel
 
-__all__ = ["FAILURES", "Client", "Pipeline", "PubSub", "connect"]
+from external_oms.errors import SettingsError, StoreError
+
+__all__ = ["FAILURES", "Client", "client_factory", "node_of", "store_errors", "subscription_of"]
+
+Client: TypeAlias = Redis | RedisCluster
 
 SENTINEL_PORT = 26_379
+CLUSTER_PORT = 6_379
 
-FAILURES: tuple[type[Exception], ...] = (RedisError, RedisClusterException, ChildDeadlockedError, OSError, ValueError)
-"""Everything that redis-py raises: not all of it descends from its RedisError, and a connection that another thread
-closes meanwhile raises ValueError, for its buffer is closed."""
+FAILURES = (RedisError, RedisClusterException, ChildDeadlockedError, OSError, ValueError)
+"""Everything that redis-py raises. Not all of it descends from RedisError, and a connection that another thread closes
+raises ValueError, because its buffer is closed."""
 
+_NO_ANSWER = "does not answer; check that it runs and can be reached as the setting `store` says"
 
-class PubSub(Protocol):
-    """What is used of redis-py's subscriber."""
-
-    def subscribe(self, *channels: str) -> object:
-        """Ask for the messages of these channels."""
-        ...
-
-    def ping(self, message: str | None = None) -> object:
-        """Ask for a PONG, which comes as a message."""
-        ...
-
-    def get_message(self, *, timeout: float) -> Mapping[str, object] | None:
-        """The next message; None where none came within so many seconds."""
-        ...
-
-    def close(self) -> None:
-        """End the subscription and its connection."""
-        ...
+_COMPLAINTS: tuple[tuple[type[Exception] | tuple[type[Exception], ...], str], ...] = (
+    (AuthenticationError, "refuses the credentials; check the user and the password in the setting `store`"),
+    (NoPermissionError, "denies its user a command, a key or a channel; docs/stores.md lists what the user needs"),
+    (ReadOnlyError, "is a read-only replica; name the primary, or use redis+sentinel://"),
+    (OutOfMemoryError, "has no memory left; raise maxmemory"),
+    (BusyLoadingError, "is loading its data set; wait for the end of that"),
+    ((ClusterDownError, SlotNotCoveredError, RedisClusterException), "has no node for these keys; check the cluster"),
+    ((ConnectionError, TimeoutError, OSError, ValueError, ChildDeadlockedError), _NO_ANSWER),
+)
 
 
-class Pipeline(Protocol):
-    """What is used of redis-py's pipeline: commands are collected, and sent by `execute`."""
-
-    def eval(self, script: str, numkeys: int, *keys_and_args: str) -> object:
-        """Run a script by its text."""
-        ...
-
-    def evalsha(self, sha: str, numkeys: int, *keys_and_args: str) -> object:
-        """Run a script that the server knows."""
-        ...
-
-    def hmget(self, name: str, keys: Sequence[str]) -> object:
-        """Some fields of a hash."""
-        ...
-
-    def execute(self) -> list[object]:
-        """Send what was collected; the answers in order."""
-        ...
+_IN_SCRIPTS: tuple[tuple[str, type[Exception]], ...] = (
+    ("OOM command not allowed", OutOfMemoryError),
+    ("READONLY You can't write", ReadOnlyError),
+    ("The user executing the script can't", NoPermissionError),
+    ("ACL failure in script", NoPermissionError),
+)
+"""What Redis answers where a command of a script fails, and what redis-py raises where it is no script."""
 
 
-class Client(Protocol):
-    """What is used of redis-py's clients: `Redis`, one from `Sentinel.master_for`, or `RedisCluster`."""
-
-    def eval(self, script: str, numkeys: int, *keys_and_args: str) -> object:
-        """Run a script by its text."""
-        ...
-
-    def evalsha(self, sha: str, numkeys: int, *keys_and_args: str) -> object:
-        """Run a script that the server knows."""
-        ...
-
-    def mget(self, keys: Sequence[str]) -> object:
-        """Some values, all on one server."""
-        ...
-
-    def pipeline(self, *, transaction: bool) -> Pipeline:
-        """A pipeline."""
-        ...
-
-    def pubsub(self) -> PubSub:
-        """A subscriber, with a connection of its own."""
-        ...
-
-    def close(self) -> None:
-        """Close every connection."""
-        ...
+@contextmanager
+def store_errors() -> Iterator[None]:
+    """Raise `StoreError` where redis-py raises anything of its own, with what is wrong and what to do."""
+    try:
+        yield
+    except FAILURES as error:
+        kind = next((kind for text, kind in _IN_SCRIPTS if text in str(error)), type(error))
+        complaint = next((text for kinds, text in _COMPLAINTS if issubclass(kind, kinds)), None)
+        raise StoreError(f"Redis {complaint or f'answers with {kind.__name__}; see its log'}") from error
 
 
-def connect(url: str, *, timeout_seconds: float) -> Client:
-    """A client for a URL.
+def node_of(client: Client, key: str) -> Redis:
+    """Return the client of the server that keeps a key: in a cluster that of its node."""
+    if isinstance(client, RedisCluster):
+        node: ClusterNode = client.get_node_from_key(key)  # type: ignore[no-untyped-call]  # redis-py has no type here
+        return client.get_redis_connection(node)
+    return client
+
+
+def subscription_of(client: Client, channel: str) -> PubSub:
+    """Return a new subscription to a channel.
+
+    Raises:
+        StoreError: Redis cannot be reached.
+    """
+    with store_errors():
+        subscription: PubSub = client.pubsub()  # type: ignore[no-untyped-call]  # redis-py has no type here
+        subscription.subscribe(channel)
+        return subscription
+
+
+def client_factory(url: str, *, timeout_seconds: float) -> Callable[[], Client]:
+    """Check a URL and return a function that makes clients for it.
 
     Args:
         url: `redis://`, `rediss://` and `unix://` as in redis-py, its query options included;
             `redis+cluster://` and `rediss+cluster://` likewise, for a cluster;
             `redis+sentinel://[user:password@]host[:port][,host[:port]…]/service[/db]` asks Sentinels for the primary of
-            a service (`?sentinel_username=…&sentinel_password=…` where they want credentials of their own).
-        timeout_seconds: The longest that connecting and any one operation may take, > 0. redis-py's own defaults
-            (5 s, ten retries) block a caller for up to a minute.
+            a service (`?sentinel_username=…&sentinel_password=…` where they want credentials of their own). IPv6
+            addresses stand in brackets.
+        timeout_seconds: How long connecting and each operation may take, > 0, unless the URL says otherwise. redis-py's
+            own defaults (5 s, ten retries) block a caller for up to a minute.
+
+    Raises:
+        SettingsError: The URL cannot be used. The message holds no part of the URL but the name of an option.
     """
-    options = {
+    try:
+        return _checked(url, timeout_seconds)
+    except TypeError as error:  # the constructor of a connection does not know an option
+        named = re.search(r"argument '(\w{1,64})'", str(error))
+        problem = f"has an option that redis-py does not know{f': {named[1]}' if named else ''}"
+    except (ValueError, RedisError) as error:
+        named = re.match(r"Invalid value for '(\w{1,64})'", str(error))
+        problem = (
+            f"has a value that cannot be used for the option {named[1]}"
+            if named
+            else "cannot be read: a port is a number up to 65535, a database is a number, an IPv6 address stands in "
+            "brackets, and special characters in a password are percent-encoded"
+        )
+    # without its cause, which may quote a part of the password
+    raise SettingsError("store", f"the Redis URL {problem}")
+
+
+def _checked(url: str, timeout_seconds: float) -> Callable[[], Client]:
+    scheme, separator, rest = url.partition("://")
+    sentinels: list[tuple[str, int]] = []
+    service = ""
+    if scheme == "redis+sentinel":
+        sentinels, service, rest = _sentinel_parts(rest)
+    plain_scheme = "redis" if sentinels else scheme.removesuffix("+cluster")
+    address = rest.partition("?")[0]
+    options: dict[str, Any] = {
         "socket_timeout": timeout_seconds,
         "socket_connect_timeout": timeout_seconds,
-        "protocol": 2,  # one handshake less, and no maintenance pushes between the answers
+        **parse_url(f"{plain_scheme}://{rest}"),  # type: ignore[no-untyped-call]  # redis-py has no type here
+        # one handshake less, and no pushes between the answers; a text that is not UTF-8 is for the codec to refuse
+        "protocol": 2,
+        "decode_responses": False,
         "retry": Retry(NoBackoff(), 0),
     }
-    scheme = urlsplit(url).scheme
-    if scheme == "redis+sentinel":
-        return _by_sentinel(url, options)
-    if scheme in {"redis+cluster", "rediss+cluster"}:
-        plain = urlunsplit(urlsplit(url)._replace(scheme=scheme.removesuffix("+cluster")))
-        # once more: the first error is how a cluster's client learns that a slot has moved
-        return cast("Client", RedisCluster.from_url(plain, **options | {"retry": Retry(NoBackoff(), 1)}))
-    return cast("Client", Redis.from_url(url, **options))
+    if plain_scheme == "unix":
+        understood = "path" in options
+    else:
+        options.setdefault("socket_keepalive", True)  # finds a peer that is gone; the interval is the system's
+        # redis-py ignores a path that is no number, and what a special character in a password cuts off
+        database = address.rpartition("@")[2].partition("/")[2]
+        credentials = options.keys() & {"username", "password"}
+        understood = bool(re.fullmatch(r"\d*/?", database)) and ("@" not in address or bool(credentials))
+    if not separator or not understood:
+        raise ValueError
+    given = {
+        name: options.pop(f"sentinel_{name}") for name in ("username", "password") if f"sentinel_{name}" in options
+    }
+    ConnectionPool(**options).make_connection()  # connects to nothing, and refuses what it does not know
+    if sentinels:
+        del options["host"]
+        bounds = {name: options[name] for name in ("socket_timeout", "socket_connect_timeout", "protocol", "retry")}
+
+        make: Callable[..., Any] = Sentinel  # redis-py has no types for it
+        return lambda: cast("Redis", make(sentinels, sentinel_kwargs=bounds | given).master_for(service, **options))
+    if not scheme.endswith("+cluster"):
+        return lambda: Redis.from_pool(ConnectionPool(**options))
+    if options.pop("db", 0):
+        raise SettingsError("store", "the Redis URL names a database, and a cluster has only database 0")
+    options |= {
+        "host": options.get("host", "localhost"),
+        "port": options.get("port", CLUSTER_PORT),
+        "ssl": options.pop("connection_class", None) is SSLConnection,
+        "retry": Retry(NoBackoff(), 1),  # the first error is how a cluster's client learns that a slot has moved
+    }
+    return lambda: RedisCluster(**options)  # made on first use, because it asks the cluster for its slots
 
 
-class _Sentinels(Protocol):
-    def master_for(self, service_name: str, **kwargs: object) -> Client: ...
-
-
-def _by_sentinel(url: str, options: Mapping[str, object]) -> Client:
-    parts = urlsplit(url)
-    credentials, _, places = parts.netloc.rpartition("@")
-    username, _, password = credentials.partition(":")
-    service, _, db = parts.path.strip("/").partition("/")
-    query = dict(parse_qsl(parts.query))
-    theirs = {name: query[f"sentinel_{name}"] for name in ("username", "password") if f"sentinel_{name}" in query}
-    hosts = []
-    for place in places.split(","):
-        host, _, port = place.rpartition(":") if ":" in place else (place, "", "")
-        hosts.append((host, int(port or SENTINEL_PORT)))
-    make = cast("Callable[..., _Sentinels]", Sentinel)  # redis-py has it without types
-    sentinels = make(hosts, sentinel_kwargs={**options, **theirs})
-    own: dict[str, object] = {**options, "db": int(db or 0)}
-    if credentials:
-        own |= {"username": unquote(username) or None, "password": unquote(password) or None}
-    return sentinels.master_for(service, **own)
+def _sentinel_parts(rest: str) -> tuple[list[tuple[str, int]], str, str]:
+    """Return the Sentinels, the service, and the rest of a URL for the primary with a host in the place of all."""
+    address, _, query = rest.partition("?")
+    authority, _, path = address.partition("/")
+    credentials, at, hosts = authority.rpartition("@")
+    service, _, database = path.partition("/")
+    if not service or not hosts:
+        raise SettingsError("store", "name the Sentinels and the service: redis+sentinel://host:26379/service")
+    split = [urlsplit(f"//{host}") for host in hosts.split(",")]  # one by one: urlsplit knows only one host in a URL
+    sentinels = [(one.hostname or "localhost", one.port or SENTINEL_PORT) for one in split]
+    return sentinels, service, f"{credentials}{at}primary/{database}?{query}"

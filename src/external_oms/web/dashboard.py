@@ -15,8 +15,8 @@ from flask import Blueprint, Response, redirect, render_template, request, url_f
 from werkzeug.wrappers import Response as WerkzeugResponse
 
 from external_oms.errors import ExternalOMSError, ReadError, WriteConflict, WriteError, WriteOutcomeUnknown
-from external_oms.judgement import State
-from external_oms.stores.base import Event
+from external_oms.policy import State
+from external_oms.records import Event
 from external_oms.web import words
 from external_oms.web.access import Identity, Role, Via, demand, identity_of
 from external_oms.web.api import REASON_LENGTH

@@ -15,7 +15,7 @@ from flask import Request, Response
 from itsdangerous import BadData, URLSafeSerializer
 
 from external_oms.cache import Cache, ChangeKind
-from external_oms.freshness import Freshness
+from external_oms.policy import Freshness
 from external_oms.settings import Settings
 from external_oms.web.access import Identity, Keyring, Role, Via
 from external_oms.web.ofrep_shapes import Configuration, configuration_of, flag_of
@@ -121,10 +121,10 @@ def refetch_stream(
 
     def news() -> Iterable[Message]:
         nonlocal told
-        answer = cache.peek(tenant)
-        if answer.record.failure is None and answer.freshness is not Freshness.FRESH:
+        evaluation = cache.peek(tenant)
+        if evaluation.entry.failure is None and evaluation.freshness is not Freshness.FRESH:
             return  # a read is on its way, and brings news of its own
-        now = configuration_of((flag_of(answer, settings.when_expired),), answer)
+        now = configuration_of((flag_of(evaluation, settings.when_expired),), evaluation)
         if told is None:
             yield Message("", "", id=now.tag)
         elif now.tag != told:

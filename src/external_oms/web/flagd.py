@@ -10,7 +10,7 @@ from http import HTTPStatus
 from flask import Blueprint, Response, request
 
 from external_oms.config import FLAG_KEY
-from external_oms.judgement import Answer
+from external_oms.policy import Evaluation
 from external_oms.resolution import VARIANTS
 from external_oms.settings import Settings
 from external_oms.web.access import Role, demand
@@ -45,13 +45,13 @@ def blueprint(parts: Parts) -> Blueprint:
     return mounted
 
 
-def definition(answers: list[Answer], settings: Settings) -> Flag:
+def definition(evaluations: list[Evaluation], settings: Settings) -> Flag:
     """The definition: of one tenant, its variant; of several, a choice by the attribute `tenant` of the context.
 
     A tenant of which nothing may be served has no variant, so that flagd's caller takes its own default; where that
     holds for all, the flag is disabled, which says the same in every version of flagd.
     """
-    served = {answer.tenant: flag_of(answer, settings.when_expired) for answer in answers}
+    served = {one.tenant: flag_of(one, settings.when_expired) for one in evaluations}
     chosen = {tenant: str(flag["variant"]) for tenant, flag in served.items() if "value" in flag}
     flag: dict[str, JSON] = {
         "state": "ENABLED" if chosen else "DISABLED",

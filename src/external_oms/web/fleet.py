@@ -7,9 +7,11 @@ from dataclasses import dataclass
 
 from external_oms.cache import Cache, Change
 from external_oms.clock import Clock
-from external_oms.flights import ReadEnd
-from external_oms.members import Standing, standing_of
-from external_oms.stores.base import Member, Store
+from external_oms.entry import last_token
+from external_oms.heartbeat import MemberStatus, member_status
+from external_oms.records import Member
+from external_oms.singleflight import ReadEnd
+from external_oms.stores.base import Store
 
 __all__ = ["Fleet", "Shown"]
 
@@ -23,12 +25,12 @@ class Shown:
 
     Attributes:
         member: What it reported.
-        standing: How it stands to the rest.
+        status: Whether it is current, lags or is silent.
         age_seconds: The age of its value now, >= 0; None without one.
     """
 
     member: Member
-    standing: Standing
+    status: MemberStatus
     age_seconds: float | None
 
 
@@ -49,14 +51,13 @@ class Fleet:
         self._since: dict[str, tuple[int, float]] = {}
         self._reads: dict[str, ReadEnd] = {}
         self._kept: dict[str | None, tuple[float, Sequence[Member]]] = {}
-        cache.changes.listen(self._changed)
-        cache.reads.listen(self._read_ended)
+        cache.changes.subscribe(self._changed)
+        cache.reads.subscribe(self._read_ended)
 
     def last_read(self, tenant: str) -> ReadEnd | None:
         """The last read of the tenant, where this process made it; None where another did, or nobody."""
-        end, record = self._reads.get(tenant), self._cache.peek(tenant).record
-        known = [part.read_number for part in (record.snapshot, record.failure) if part is not None]
-        return end if end is not None and known and end.outcome.read_number == max(known) else None
+        end, entry = self._reads.get(tenant), self._cache.peek(tenant).entry
+        return end if end is not None and end.outcome.token == last_token(entry) else None
 
     def members(self, tenant: str | None = None) -> list[Shown]:
         """Every living member and what it serves, of one tenant or of all, in the order of their names."""
@@ -69,14 +70,14 @@ class Fleet:
 
     def _shown(self, member: Member, now: float) -> Shown:
         generation, since = self._since.get(member.tenant, (0, now))
-        standing = standing_of(member, generation=generation, since_seconds=now - since)
+        status = member_status(member, generation=generation, since_seconds=now - since)
         age = None if member.age_seconds is None else member.age_seconds + member.seen_seconds
-        return Shown(member, standing, age)
+        return Shown(member, status, age)
 
     def _changed(self, change: Change) -> None:
-        snapshot = change.answer.record.snapshot
+        snapshot = change.evaluation.entry.snapshot
         if snapshot is not None and snapshot.generation > self._since.get(change.tenant, (-1, 0.0))[0]:
             self._since[change.tenant] = (snapshot.generation, self._clock.monotonic())
 
     def _read_ended(self, end: ReadEnd) -> None:
-        self._reads[end.lease.tenant] = end
+        self._reads[end.tenant] = end

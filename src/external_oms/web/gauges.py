@@ -7,10 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 from prometheus_client.metrics_core import GaugeMetricFamily, InfoMetricFamily, Metric
 
 from external_oms import __version__
-from external_oms.assemble import Service
-from external_oms.freshness import Freshness
-from external_oms.judgement import State
-from external_oms.stores.base import Member
+from external_oms.policy import Freshness, State
+from external_oms.records import Member
+from external_oms.wiring import Service
 
 __all__ = ["gauges_of"]
 
@@ -57,7 +56,7 @@ _OF_STATES: tuple[tuple[str, str, Callable[[State], float | None]], ...] = (
     ),
     (
         "external_oms_generation",
-        "How many invalidations there were; one that does not rise after a delivery means another store is used there.",
+        "Rises with every invalidation; one that does not rise after a delivery means another store is used there.",
         lambda state: float(state.generation),
     ),
     (

@@ -12,8 +12,7 @@ from http import HTTPStatus
 
 from flask import Blueprint, Response, jsonify
 
-from external_oms.freshness import Freshness
-from external_oms.judgement import State
+from external_oms.policy import Freshness, State
 from external_oms.settings import Settings
 from external_oms.web.parts import Parts
 from external_oms.web.problems import resource

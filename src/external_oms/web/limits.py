@@ -13,6 +13,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 
 from limits import RateLimitItemPerMinute
 from limits.errors import ConfigurationError, StorageError
@@ -62,17 +63,38 @@ class Limits:
         Raises:
             Problem: 429 with Retry-After: too often.
         """
+        self._admit(FixedWindowRateLimiter.hit, what, who, per_minute)
+
+    def check(self, what: str, who: str, *, per_minute: int) -> None:
+        """Refuse where `take` would, and count nothing: for what turns out to count or not only when it is done.
+
+        Args:
+            what: What they do.
+            who: Who they are.
+            per_minute: How often they may, >= 1.
+
+        Raises:
+            Problem: 429 with Retry-After: too often.
+        """
+        self._admit(FixedWindowRateLimiter.test, what, who, per_minute)
+
+    def count(self, what: str, who: str, *, per_minute: int) -> None:
+        """Count what `check` let pass; it is done, so nothing is refused any more."""
+        with suppress(Problem):
+            self.take(what, who, per_minute=per_minute)
+
+    def _admit(self, admits: Callable[..., bool], what: str, who: str, per_minute: int) -> None:
         item = RateLimitItemPerMinute(per_minute)
         shared, own = self._ready()
         if self._wall() >= self._rests_until:
             try:
-                self._hit(shared, item, what, who)
+                self._refuse_unless(admits, shared, item, what, who)
             except StorageError:
                 self._rests_until = self._wall() + REST_SECONDS
                 _logger.warning("rate limits are counted per process: the shared counter does not answer")
             else:
                 return
-        self._hit(own, item, what, who)
+        self._refuse_unless(admits, own, item, what, who)
 
     def take_here(self, what: str, who: str, *, per_minute: int) -> None:
         """As `take`, for what is asked on every order: each process counts for itself, and it costs a microsecond.
@@ -86,8 +108,15 @@ class Limits:
         if next(kept[1]) > per_minute:
             raise _too_often(per_minute, 60.0 - spent)
 
-    def _hit(self, counter: FixedWindowRateLimiter, item: RateLimitItemPerMinute, what: str, who: str) -> None:
-        if not counter.hit(item, what, who):
+    def _refuse_unless(
+        self,
+        admits: Callable[..., bool],
+        counter: FixedWindowRateLimiter,
+        item: RateLimitItemPerMinute,
+        what: str,
+        who: str,
+    ) -> None:
+        if not admits(counter, item, what, who):
             raise _too_often(item.amount, counter.get_window_stats(item, what, who).reset_time - self._wall())
 
     def _ready(self) -> tuple[FixedWindowRateLimiter, FixedWindowRateLimiter]:
@@ -103,7 +132,7 @@ class Limits:
         scheme, _, rest = self._store.partition("://")
         if scheme in {"memory", "sqlite"}:
             return None
-        uri = f"redis+unix://{rest}" if scheme == "unix" else self._store
+        uri = f"{'redis+unix' if scheme == 'unix' else scheme}://{rest}"
         patience = {"socket_timeout": REDIS_SECONDS, "socket_connect_timeout": REDIS_SECONDS}
         try:
             return storage_from_string(uri, wrap_exceptions=True, key_prefix=f"{self._prefix}:limits", **patience)

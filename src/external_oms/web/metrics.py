@@ -28,18 +28,18 @@ from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.registry import Collector
 from werkzeug.datastructures import MIMEAccept
 
-from external_oms.assemble import Renewal, Service
 from external_oms.cache import Cache, Change
-from external_oms.config import Failure
+from external_oms.entry import Failure
 from external_oms.errors import SettingsError
-from external_oms.flights import ReadEnd
-from external_oms.members import member_name
-from external_oms.operations import Delivered
+from external_oms.heartbeat import member_name
+from external_oms.operations import DeliveryResult
+from external_oms.singleflight import ReadEnd
 from external_oms.web.access import Role, demand
 from external_oms.web.gauges import gauges_of
 from external_oms.web.hooks import Evaluated, MetricsHook, Via
 from external_oms.web.parts import Parts
 from external_oms.web.problems import resource
+from external_oms.wiring import Service, TokenRenewed
 
 __all__ = ["DIRECTORY_VARIABLE", "Meters", "are_shared", "blueprint", "exposition", "forget", "shared_counts"]
 
@@ -205,18 +205,18 @@ class Meters(Collector):
             parts: The app whose requests count too.
         """
         if parts is not None:
-            parts.evaluated.listen(self.evaluated)
-            parts.refused.listen(self.refused)
+            parts.evaluated.subscribe(self.evaluated)
+            parts.refused.subscribe(self.refused)
         service = self._service
         if are_shared():
             if service.cache in _heard:
                 return
             _heard.add(service.cache)
-        service.cache.reads.listen(self.read)
-        service.cache.changes.listen(self.changed)
-        service.cache.lease_waits.listen(self.waited)
-        service.operations.deliveries.listen(self.delivered)
-        service.renewals.listen(self.renewed)
+        service.cache.reads.subscribe(self.read)
+        service.cache.changes.subscribe(self.changed)
+        service.cache.lease_waits.subscribe(self.waited)
+        service.operations.deliveries.subscribe(self.delivered)
+        service.renewals.subscribe(self.renewed)
         if parts is not None:
             parts.provider.hooks.append(MetricsHook(service.cache, self.evaluated))
 
@@ -224,7 +224,7 @@ class Meters(Collector):
 
     def read(self, end: ReadEnd) -> None:
         """A read ended."""
-        tenant, outcome = end.lease.tenant, end.outcome
+        tenant, outcome = end.tenant, end.outcome
         failed = isinstance(outcome, Failure)
         with _counting:
             self.counts.reads.labels(tenant, outcome.kind if isinstance(outcome, Failure) else "ok").inc()
@@ -238,11 +238,11 @@ class Meters(Collector):
                 counter = self._evaluations[one] = self.counts.evaluations.labels(one.tenant, one.reason, one.via)
             counter.inc()
 
-    def delivered(self, delivered: Delivered) -> None:
+    def delivered(self, result: DeliveryResult) -> None:
         """A genuine delivery was taken."""
-        result = "duplicate" if delivered.duplicate else "read" if delivered.refreshed else "later"
+        outcome = "duplicate" if result.duplicate else "read" if result.refreshed else "later"
         with _counting:
-            self.counts.deliveries.labels(delivered.tenant, result).inc()
+            self.counts.deliveries.labels(result.tenant, outcome).inc()
 
     def refused(self, kind: str) -> None:
         """A delivery was refused; whose it was is not believed."""
@@ -254,20 +254,20 @@ class Meters(Collector):
         with _counting:
             self.counts.lease_waits.labels(tenant).inc()
 
-    def renewed(self, renewal: Renewal) -> None:
+    def renewed(self, renewal: TokenRenewed) -> None:
         """A token was obtained, or was not."""
         with _counting:
             self.counts.renewals.labels(renewal.tenant, renewal.error.kind if renewal.error else "ok").inc()
 
     def changed(self, change: Change) -> None:
         """Something changed; where it is the first value read after an invalidation, it has been applied here."""
-        tenant, record = change.tenant, change.answer.record
-        invalidated_at, snapshot = record.invalidated_at, record.snapshot
-        if snapshot is None or snapshot.generation < record.generation or invalidated_at is None:
+        tenant, entry = change.tenant, change.evaluation.entry
+        invalidated_at, snapshot = entry.invalidated_at, entry.snapshot
+        if snapshot is None or snapshot.generation < entry.generation or invalidated_at is None:
             return
-        if invalidated_at < self._since or record.generation <= self._applied.get(tenant, -1):
+        if invalidated_at < self._since or entry.generation <= self._applied.get(tenant, -1):
             return  # of before this process looked, or known
-        self._applied[tenant] = record.generation
+        self._applied[tenant] = entry.generation
         lag_seconds = max(0.0, self._monotonic() - invalidated_at)
         with _counting:
             self.counts.lag_seconds.labels(tenant).observe(lag_seconds)

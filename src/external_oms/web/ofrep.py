@@ -165,14 +165,14 @@ class _Evaluation:
             details = self._provider.resolve_boolean_details(key, False, asked)
         except GeneralError:
             name = self._cache.tenant_of(tenant)
-            self._evaluated.tell(Evaluated(name, Reason.ERROR.value, Via.OFREP))
+            self._evaluated.send(Evaluated(name, Reason.ERROR.value, Via.OFREP))
             return Response(compact(unserved(self._cache.peek(name))), content_type=_JSON)
         made = self._made.get(tenant)
         if made is None or made.details is not details:
             told = Evaluated(str(details.flag_metadata["tenant"]), str(details.reason), Via.OFREP)
             # resolved, so the tenant is a configured one: there are no more of them than of those
             made = self._made[tenant] = _Made(details, compact(evaluated(details)), told)
-        self._evaluated.tell(made.told)
+        self._evaluated.send(made.told)
         return Response(made.body, content_type=_JSON)
 
 
@@ -200,7 +200,7 @@ class _Bulk:
             flags = (failed(ErrorCode.INVALID_CONTEXT, str(error), key=FLAG_KEY),)
             return self._shaped(configuration_of(flags), {}, etag=f'"{configuration_of(flags).tag}"')
         now = self._caught_up(name)
-        self._parts.evaluated.tell(Evaluated(name, reason_of(now.flags[0]).value, Via.OFREP))
+        self._parts.evaluated.send(Evaluated(name, reason_of(now.flags[0]).value, Via.OFREP))
         ticket = self._tickets.ticket(who)
         address = stream_address(self._stream_path(), tenant=name, since=now.tag, ticket=ticket)
         streams: JSON = [{"type": "sse", "endpoint": {"requestUri": address}}]
@@ -244,8 +244,8 @@ class _Bulk:
         return f'"{now.tag}{seal}"'
 
     def _configuration(self, tenant: str) -> Configuration:
-        answer = self._cache.lookup(tenant)
-        return configuration_of((flag_of(answer, self._parts.settings.when_expired),), answer)
+        evaluation = self._cache.lookup(tenant)
+        return configuration_of((flag_of(evaluation, self._parts.settings.when_expired),), evaluation)
 
     def _caught_up(self, tenant: str) -> Configuration:
         """What the flags say; where the request knows of something newer, after waiting a moment for it."""
@@ -257,7 +257,7 @@ class _Bulk:
         clock = self._parts.service.clock
         until = clock.monotonic() + CATCH_UP_SECONDS
         news = threading.Event()
-        forget = self._cache.changes.listen(lambda _: news.set())
+        forget = self._cache.changes.subscribe(lambda _: news.set())
         try:
             while now.tag != wanted and now.read_at <= since and news.wait(max(0.0, until - clock.monotonic())):
                 news.clear()

@@ -17,8 +17,7 @@ from openfeature.flag_evaluation import FlagResolutionDetails, Reason
 
 from external_oms.config import FLAG_KEY
 from external_oms.errors import NothingToServe
-from external_oms.freshness import Freshness
-from external_oms.judgement import Answer
+from external_oms.policy import Evaluation, Freshness
 from external_oms.resolution import WhenExpired, details_of, expired_details, metadata_of
 from external_oms.web.shapes import JSON
 
@@ -71,9 +70,9 @@ def evaluated(details: FlagResolutionDetails[bool]) -> Flag:
     }
 
 
-def unserved(answer: Answer) -> Flag:
+def unserved(evaluation: Evaluation) -> Flag:
     """A success without a value: nothing may be served, so the caller's own default holds. Source: OFREP ADR-0006."""
-    metadata: dict[str, JSON] = dict(metadata_of(answer))
+    metadata: dict[str, JSON] = dict(metadata_of(evaluation))
     return {
         "key": FLAG_KEY,
         "reason": Reason.UNKNOWN,
@@ -94,14 +93,14 @@ def failed(code: ErrorCode, detail: str, *, key: str | None = None) -> Flag:
     return named | {"errorCode": code.value, "errorDetails": detail}
 
 
-def flag_of(answer: Answer, when_expired: WhenExpired) -> Flag:
+def flag_of(evaluation: Evaluation, when_expired: WhenExpired) -> Flag:
     """What a bulk answer says of the flag: a success whose metadata changes only when something does."""
-    details = details_of(answer)
+    details = details_of(evaluation)
     if details is None:
         try:
-            details = expired_details(answer, when_expired, NothingToServe(answer.tenant, None))
+            details = expired_details(evaluation, when_expired, NothingToServe(evaluation.tenant, None))
         except GeneralError:
-            return _steady(unserved(answer))
+            return _steady(unserved(evaluation))
     return _steady(evaluated(details))
 
 
@@ -135,13 +134,13 @@ class Configuration:
     read_at: int
 
 
-def configuration_of(flags: tuple[Flag, ...], answer: Answer | None = None) -> Configuration:
+def configuration_of(flags: tuple[Flag, ...], evaluation: Evaluation | None = None) -> Configuration:
     """The configuration that these flags are.
 
     Args:
         flags: The flags.
-        answer: What they were made of, where they were made of one.
+        evaluation: What they were made of, where they were made of one.
     """
-    snapshot = answer.record.snapshot if answer is not None else None
+    snapshot = evaluation.entry.snapshot if evaluation is not None else None
     digest = hashlib.sha256(compact(list(flags))).hexdigest()[:32]
     return Configuration(flags, digest, 0 if snapshot is None else int(snapshot.fetched_at.timestamp()))

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 
 from flask import Flask
 
-from external_oms.assemble import Service
 from external_oms.provider import ExternalOMSProvider
 from external_oms.settings import Settings
 from external_oms.signals import Signal
@@ -14,6 +13,7 @@ from external_oms.web.access import EXTENSION, Access
 from external_oms.web.hooks import Evaluated
 from external_oms.web.limits import Limits
 from external_oms.web.streams import Hub
+from external_oms.wiring import Service
 
 __all__ = ["Parts", "parts_of"]
 

@@ -6,8 +6,8 @@ from datetime import datetime
 from typing import TypeAlias
 
 from external_oms.config import format_instant
-from external_oms.judgement import State
-from external_oms.stores.base import Event
+from external_oms.policy import State
+from external_oms.records import Event
 
 __all__ = ["JSON", "event_shape", "state_shape"]
 

@@ -97,7 +97,7 @@ class Hub:
         self._closed = False
         self._lock = threading.Lock()
         self._streams: frozenset[Stream] = frozenset()
-        self._unlisten = cache.changes.listen(self._tell)
+        self._unlisten = cache.changes.subscribe(self._tell)
         _alive.add(self)
 
     def __len__(self) -> int:

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Literal
 
-from external_oms.config import Failure
-from external_oms.judgement import State
-from external_oms.members import Standing
+from external_oms.entry import Failure
+from external_oms.heartbeat import MemberStatus
+from external_oms.policy import State
+from external_oms.records import Cause, Event
 from external_oms.settings import Settings
-from external_oms.stores.base import Cause, Event, Health
+from external_oms.stores.base import Health
 from external_oms.web.fleet import Fleet, Shown
 from external_oms.web.words import Flag, flag_of, freshness_words, latency, meaning, tone_of, word_of
 
@@ -127,7 +128,7 @@ def tenant_view(
         last_read="" if fleet is None else _last_read(state, fleet),
         delivery=last_delivery(state.tenant, events),
         members=members,
-        lagging=sum(shown.standing is not Standing.CURRENT for shown in members),
+        lagging=sum(shown.status is not MemberStatus.CURRENT for shown in members),
         opposite=None if state.enabled is None else not state.enabled,
     )
 
@@ -152,8 +153,8 @@ def members_view(shown: Sequence[Shown]) -> list[MemberView]:
     views = []
     for name, rows in groupby(shown, key=lambda one: one.member.name):
         own = list(rows)
-        behind = [one.member.tenant for one in own if one.standing is Standing.LAGS]
-        silent = any(one.standing is Standing.SILENT for one in own)
+        behind = [one.member.tenant for one in own if one.status is MemberStatus.LAGS]
+        silent = any(one.status is MemberStatus.SILENT for one in own)
         views.append(MemberView(name, len(own), behind, silent, min(one.member.seen_seconds for one in own)))
     return views
 

@@ -16,7 +16,7 @@ from flask import Blueprint, Request, Response, jsonify, request
 
 from external_oms import signature
 from external_oms.errors import ExternalOMSError, SignatureError
-from external_oms.operations import Delivered
+from external_oms.operations import DeliveryResult
 from external_oms.web.bodies import demand_json_type, json_object, raw_body
 from external_oms.web.parts import Parts
 from external_oms.web.problems import Problem, problem_of, resource
@@ -43,34 +43,43 @@ def blueprint(parts: Parts) -> Blueprint:
 
     def deliver() -> tuple[Response, int]:
         try:
-            answer = _received(parts, request)
+            result = _received(parts, request)
         except (Problem, ExternalOMSError) as error:
             refused = problem_of(error)
             why = error.__cause__ if isinstance(error.__cause__, SignatureError) else refused.detail
             _log(refused.status, request, str(why))
-            parts.refused.tell(refused.kind)
+            parts.refused.send(refused.kind)
             if refused is error:
                 raise
             raise refused from error
-        status = HTTPStatus.OK if answer.refreshed or answer.duplicate else HTTPStatus.ACCEPTED
+        status = HTTPStatus.OK if result.refreshed or result.duplicate else HTTPStatus.ACCEPTED
         _log(
             status,
             request,
-            "duplicate" if answer.duplicate else f"{answer.tenant} is at generation {answer.generation}",
+            "duplicate" if result.duplicate else f"{result.tenant} is at generation {result.generation}",
         )
-        return jsonify(_shape(answer)), status
+        return jsonify(_shape(result)), status
 
     resource(mounted, PATH, POST=deliver)
     return mounted
 
 
-def _received(parts: Parts, asked: Request) -> Delivered:
+def _received(parts: Parts, asked: Request) -> DeliveryResult:
+    """Take a delivery, and return what came of it.
+
+    Only what was taken and is no duplicate counts toward the tenant's limit: replays must not keep out genuine
+    deliveries, and the sender of a delivery that the store could not take sends it again.
+    """
     body = raw_body(asked, max_bytes=parts.settings.webhook_max_bytes)
     delivery_id = _genuine(parts, asked, body)
     demand_json_type(asked)
     tenant = parts.service.cache.tenant_of(_tenant_in(json_object(body)))
-    parts.limits.take("delivery", tenant, per_minute=parts.settings.webhook_per_minute)
-    return parts.service.operations.deliver(tenant, delivery_id=delivery_id, actor=ACTOR)
+    per_minute = parts.settings.webhook_per_minute
+    parts.limits.check("delivery", tenant, per_minute=per_minute)
+    result = parts.service.operations.deliver(tenant, delivery_id=delivery_id, actor=ACTOR)
+    if not result.duplicate:
+        parts.limits.count("delivery", tenant, per_minute=per_minute)
+    return result
 
 
 def _genuine(parts: Parts, asked: Request, body: bytes) -> str | None:
@@ -132,13 +141,13 @@ def _tenant_in(delivery: dict[str, JSON]) -> str | None:
     return str(named[0]) if named else None
 
 
-def _shape(answer: Delivered) -> dict[str, JSON]:
+def _shape(result: DeliveryResult) -> dict[str, JSON]:
     return {
-        "tenant": answer.tenant,
-        "generation": answer.generation,
-        "duplicate": answer.duplicate,
-        "refreshed": answer.refreshed,
-        "enabled": answer.enabled,
+        "tenant": result.tenant,
+        "generation": result.generation,
+        "duplicate": result.duplicate,
+        "refreshed": result.refreshed,
+        "enabled": result.enabled,
     }
 
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Literal
 
-from external_oms.freshness import Freshness
-from external_oms.judgement import Source, State
+from external_oms.policy import Freshness, Source, State
+from external_oms.records import Cause, Event
 from external_oms.settings import Settings
-from external_oms.stores.base import Cause, Event
 
 __all__ = [
     "Flag",
     "flag_of",
     "freshness_words",
+    "generation_of",
     "instant",
     "is_unasked",
     "latency",
@@ -24,6 +24,9 @@ __all__ = [
     "tone_of",
     "word_of",
 ]
+
+LONG_GENERATION = 10**9
+"""From here on a generation is shortened."""
 
 Flag = Literal["on", "off", "none"]
 """What evaluations get: a value, or none, so that each caller's own default holds."""
@@ -53,6 +56,15 @@ def latency(seconds: float | None) -> str:
 def instant(moment: datetime | None) -> str:
     """An instant to the second, in UTC, as the foot of the page says; a dash for None."""
     return "—" if moment is None else f"{moment.astimezone(UTC):%Y-%m-%d %H:%M:%S}"
+
+
+def generation_of(generation: int) -> str:
+    """A generation as the page writes it: of one with more than nine digits the last six, as in `…000123`.
+
+    A generation in Redis is a time in milliseconds: the last six digits tell the generations of a quarter of an hour
+    apart, and thirteen digits do not fit the columns.
+    """
+    return str(generation) if generation < LONG_GENERATION else f"…{generation % 1_000_000:06d}"
 
 
 def flag_of(state: State, settings: Settings) -> Flag:

@@ -26,6 +26,9 @@ function span(seconds) {
   return hours < 24 ? `${hours} h ${two(minutes % 60)} min` : `${Math.trunc(hours / 24)} d ${hours % 24} h`;
 }
 
+/** A generation in Redis is a time in milliseconds, too long for its columns. */
+const generationOf = (number) => (number < 1e9 ? String(number) : `…${String(number % 1e6).padStart(6, "0")}`);
+
 const wordOf = (enabled) => (enabled === null ? "unknown" : enabled ? "ON" : "OFF");
 
 /** The state as it is `elapsed` seconds after it was told: time alone makes a value stale, whether a word came or not. */
@@ -105,7 +108,8 @@ function show(tenant) {
   put(box, "meaning", meaning(state, flag));
   put(box, "freshness", freshness(state));
   put(box, "age", span(state.age_seconds));
-  put(box, "generation", String(state.generation));
+  put(box, "generation", generationOf(state.generation));
+  for (const place of box.querySelectorAll('[data-field="generation"]')) place.title = String(state.generation);
   put(box, "source", state.enabled === null ? "—" : SOURCES[state.source]);
   const next = state.enabled === null ? "now" : "when the value ages";
   put(box, "retry", state.retry_seconds ? `in ${span(state.retry_seconds)}` : next);
