@@ -54,7 +54,7 @@ FOREIGN: dict[str, tuple[str, ...]] = {
     "pydantic_core": ("settings_errors",),
     "pydantic_settings": ("settings",),
     "pytest": ("pytest_plugin",),
-    "redis": ("stores.redis_client", "stores.redis_link"),
+    "redis": ("stores.redis_client",),
     "requests": ("transport", "auth", "client", "assemble", "provider"),
     "rich": ("cli",),
     "standardwebhooks": ("signature",),
