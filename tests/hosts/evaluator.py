@@ -19,20 +19,23 @@ from tests.support.storms import Answer, Answers
 PAUSE_SECONDS = 0.002
 
 
+def _set_at_end_of_line(ended: threading.Event) -> None:
+    sys.stdin.readline()
+    ended.set()
+
+
 def main() -> None:
     """Evaluate, and print the answers."""
     api.set_provider_and_wait(ExternalOMSProvider())
     client = api.get_client()
     answers = Answers()
     ended = threading.Event()
-    threading.Thread(target=lambda: (sys.stdin.readline(), ended.set()), daemon=True).start()
+    threading.Thread(target=_set_at_end_of_line, args=(ended,), daemon=True).start()
     print("ready", flush=True)
     while not ended.wait(PAUSE_SECONDS):
         began = time.time()
         details = client.get_boolean_details(FLAG_KEY, default_value=False)
-        answers.add(
-            Answer.of(began, details.value, dict(details.flag_metadata), failed=details.error_code is not None)
-        )
+        answers.add(Answer.of(began, details.value, dict(details.flag_metadata), failed=details.error_code is not None))
     api.shutdown()
     print(json.dumps([astuple(answer) for answer in answers.kept]))
 

@@ -39,8 +39,8 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="how many processes")
     parser.add_argument("--seed", type=int, help="play the history of this seed alone")
     asked = parser.parse_args()
+    logging.disable(logging.CRITICAL)
     if asked.seed is not None:
-        logging.disable(logging.CRITICAL)
         explain(asked.seed)
         return 0
     began, histories, steps = time.monotonic(), 0, 0

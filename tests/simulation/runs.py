@@ -71,7 +71,11 @@ def shrink(made: Sequence[int], fails: Callable[[Sequence[int]], bool], *, secon
                 best[:place] + best[place + size :],
                 best[:place] + [0] * len(best[place : place + size]) + best[place + size :],
             ):
-                if candidate != best and any(best[place : place + size]) | (len(candidate) < len(best)) and fails(candidate):
+                if (
+                    candidate != best
+                    and any(best[place : place + size]) | (len(candidate) < len(best))
+                    and fails(candidate)
+                ):
                     best, smaller = candidate, True
                     break
             else:

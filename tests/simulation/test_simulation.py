@@ -55,7 +55,19 @@ def test_histories_reach_every_kind_of_store_and_fault() -> None:
     assert {kind for kind, _, _ in kinds} == {"memory", "file", "fleet"}
     assert {background for _, background, _ in kinds} == {True, False}
     assert {count for _, _, count in kinds} == {1, 2}
-    assert {"delivery", "storm", "refreshes", "forks", "killed", "frozen", "down", "cut", "busy", "deaf", "loses"} <= words
+    assert {
+        "delivery",
+        "storm",
+        "refreshes",
+        "forks",
+        "killed",
+        "frozen",
+        "down",
+        "cut",
+        "busy",
+        "deaf",
+        "loses",
+    } <= words
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=[mutant.name for mutant in MUTANTS])
