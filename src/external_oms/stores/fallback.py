@@ -100,7 +100,10 @@ class Fallback:
 
     def version_ref(self, tenant: str) -> tuple[Sequence[int], int]:
         """Return where the version word of a tenant stands."""
-        return self._call(lambda store: store.version_ref(tenant))
+        try:
+            return self._call(lambda store: store.version_ref(tenant))
+        except StoreBusy:  # a place of its own, so that the next look asks again
+            return [0], 0
 
     def load(self, tenant: str) -> Entry:
         """Return the entry; not verified where the shared store does not have what this process knows.
@@ -165,7 +168,10 @@ class Fallback:
         unnamed = [replace(request, delivery_id=None) for request in requests]
         with self._lock:
             self._owed.setdefault(tenant, 0)  # before the local change, so that a recovery cannot overlook it
-        results = self._call(lambda store: store.transact(tenant, partial(invalidate, requests=unnamed)))
+        try:
+            results = self._call(lambda store: store.transact(tenant, partial(invalidate, requests=unnamed)))
+        except StoreBusy:  # the shared store works again, and others use it
+            return self._owe(tenant, len(requests)), False
         with self._lock:
             if tenant in self._owed:
                 self._owed[tenant] = max(self._owed[tenant], results[-1].generation)
