@@ -507,7 +507,7 @@ class Cache:
         self._plan(state)
 
     def _plan(self, state: _Tenant) -> None:
-        """Plan the next refresh of the entry at hand, once: every draw of the jitter would bring it forward a little."""
+        """Plan the next refresh of the entry at hand, once: each draw of the jitter would bring it forward a little."""
         if not self._background or state.planned is state.loaded.entry:
             return
         with state.lock:

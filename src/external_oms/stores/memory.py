@@ -188,10 +188,10 @@ class MemoryStore:
     def start(self) -> None:
         """Do nothing: the store has no threads."""
 
-    def after_fork(self) -> None:
+    def after_fork(self, holder: str | None = None) -> None:
         """Make a new lock and take a new name; leases of the parent's reads end with that."""
         self._lock = threading.Lock()
-        self._holder = secrets.token_hex(8)
+        self._holder = secrets.token_hex(8) if holder is None else holder
         self._members.clear()
 
     def close(self) -> None:
