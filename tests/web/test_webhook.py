@@ -191,7 +191,7 @@ def test_a_store_that_fails_is_answered_for_or_is_a_503_with_retry_after(
 ) -> None:
     store = FaultyStore()
     server = start(shared=store, timeout_seconds=0.2)
-    server.parts.provider.enabled()
+    wait_until(lambda: server.parts.service.cache.state(TENANT).enabled is not None)
     store.fault = fault
     answer = server.client.open(path, method=method, headers=with_key(role), json={} if method == "POST" else None)
     assert answer.status_code in {200, 502, 503}
