@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 RUNS = 10
 RUN_SECONDS = 1200
@@ -32,23 +33,29 @@ def busy(loops: int) -> Iterator[None]:
             process.wait()
 
 
+def make_test() -> tuple[int, str]:
+    """The exit status of `make test`, and what it printed; nothing of it goes on afterwards."""
+    with subprocess.Popen(
+        ["make", "test"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    ) as process:
+        try:
+            printed, _ = process.communicate(timeout=RUN_SECONDS)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    return process.returncode, printed
+
+
 def run(number: int) -> None:
     loops = (os.cpu_count() or 1) if number % 2 == 0 else 0
     began = time.monotonic()
     with busy(loops):
-        done = subprocess.run(
-            ["make", "test"],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=RUN_SECONDS,
-            check=False,
-        )
-    groups = ", then ".join(re.findall(r"^=+ (.* in [\d.]+s)(?: \(.*\))? =+$", done.stdout, re.MULTILINE))
+        status, printed = make_test()
+    groups = ", then ".join(re.findall(r"^=+ (.* in [\d.]+s)(?: \(.*\))? =+$", printed, re.MULTILINE))
     with_loops = f" beside {loops} busy loops" if loops else ""
     print(f"run {number} of {RUNS}{with_loops}: {groups or 'no test'}; {time.monotonic() - began:.0f} s", flush=True)
-    if done.returncode != 0:
-        sys.exit(done.stdout)
+    if status != 0:
+        sys.exit(printed)
 
 
 if __name__ == "__main__":
