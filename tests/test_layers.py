@@ -52,7 +52,7 @@ FOREIGN: dict[str, tuple[str, ...]] = {
     "pydantic_core": ("settings_errors",),
     "pydantic_settings": ("settings",),
     "pytest": ("pytest_plugin",),
-    "redis": ("stores.redis", "stores.redis_client", "stores.redis_sync"),
+    "redis": ("stores.redis_client",),
     "requests": ("transport", "auth", "client", "wiring", "provider"),
     "rich": ("cli",),
     "standardwebhooks": ("signature",),

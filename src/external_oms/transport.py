@@ -32,7 +32,7 @@ from urllib.parse import urlsplit
 import requests
 from requests.adapters import HTTPAdapter
 from urllib3.connection import HTTPConnection, HTTPSConnection
-from urllib3.exceptions import NameResolutionError, NewConnectionError
+from urllib3.exceptions import NameResolutionError, NewConnectionError, ReadTimeoutError
 from urllib3.util.ssl_ import create_urllib3_context
 
 from external_oms.clock import Clock
@@ -126,7 +126,9 @@ class Deadline:
 
     def error(self, cause: Exception, otherwise: str) -> Unavailable:
         """Return the error for a request that failed: why the deadline ended, or else the given text."""
-        if isinstance(cause, requests.Timeout | TimeoutError):
+        # in the middle of a body, requests reports a timeout as a ConnectionError that holds urllib3's error
+        inner = next(iter(cause.args), None)
+        if isinstance(cause, requests.Timeout | TimeoutError) or isinstance(inner, ReadTimeoutError):
             self.abort()
         return Unavailable(f"{self._subject}: {self._reason or otherwise}")
 

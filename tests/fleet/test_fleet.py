@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from external_oms.freshness import SETTLING_FLOOR_SECONDS
 
+from external_oms.entry import SETTLING_FLOOR_SECONDS
 from external_oms.testing import ConfigAPIEmulator, sign_delivery
 from tests.support.redis import RedisServer
 from tests.support.servers import Gunicorn, environment, gunicorn

@@ -109,6 +109,8 @@ def main(forks: int, seed: int) -> None:
     os.close(writing)
     with os.fdopen(reading) as lines:
         reports = [json.loads(line) for line in lines]
+    for thread in threads:  # a shutdown breaks a write off, and that is no failure of a fork
+        thread.join(PATIENCE_SECONDS)
     api.shutdown()
     print(
         json.dumps(

@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
-from external_oms.freshness import SETTLING_FLOOR_SECONDS
 
+from external_oms.entry import SETTLING_FLOOR_SECONDS
 from external_oms.testing import ConfigAPIEmulator, sign_delivery
 from tests.support.servers import Gunicorn, environment, gunicorn
 from tests.support.waiting import wait_until

@@ -13,50 +13,9 @@ import os
 import secrets
 import sys
 import time
-from collections.abc import Sequence
 
-from tests.simulation.history import History, play
-from tests.simulation.shrink import shrink
-from tests.simulation.world import Choices, Violation
-
-BATCH = 20
-"""Histories between two reports of a worker."""
-
-Report = tuple[int, int, int | None]
-"""Histories, steps, and the seed that broke a promise."""
-
-
-def _work(first: int, seconds: float) -> Report:
-    """Play histories for so many seconds, at most a batch."""
-    logging.disable(logging.CRITICAL)
-    until, steps = time.monotonic() + seconds, 0
-    for played in range(1, BATCH + 1):
-        try:
-            steps += play(Choices(seed=first + played)).world.switches
-        except Violation:
-            return played, steps, first + played
-        if time.monotonic() > until:
-            break
-    return played, steps, None
-
-
-def broken(choices: Choices) -> str:
-    """Return the promise that a history breaks, as far as it names the promise; empty where it breaks none."""
-    try:
-        play(choices)
-    except Violation as violation:
-        return str(violation)[:12]
-    return ""
-
-
-def tell(given: Sequence[int]) -> tuple[list[str], str]:
-    """Return the story of a history, and how it ends."""
-    histories: list[History] = []
-    try:
-        play(Choices(given), histories.append)
-    except Violation as violation:
-        return histories[0].world.log, str(violation)
-    return histories[0].world.log, ""
+from tests.simulation.runs import BATCH, Report, broken, shrink, tell, work
+from tests.simulation.world import Choices
 
 
 def explain(seed: int) -> None:
@@ -80,8 +39,8 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="how many processes")
     parser.add_argument("--seed", type=int, help="play the history of this seed alone")
     asked = parser.parse_args()
+    logging.disable(logging.CRITICAL)
     if asked.seed is not None:
-        logging.disable(logging.CRITICAL)
         explain(asked.seed)
         return 0
     began, histories, steps = time.monotonic(), 0, 0
@@ -91,7 +50,7 @@ def main() -> int:
         pending: list[multiprocessing.pool.AsyncResult[Report]] = []
         while (left := began + asked.seconds - time.monotonic()) > 0 or pending:
             while left > 0 and len(pending) < 2 * asked.jobs:
-                pending.append(pool.apply_async(_work, (first, left)))
+                pending.append(pool.apply_async(work, (first, left)))
                 first += BATCH
             played, taken, seed = pending.pop(0).get()
             histories, steps = histories + played, steps + taken

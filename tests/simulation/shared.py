@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TypeVar
 
 from external_oms.codec import decode_entry, encode_entry
@@ -117,7 +117,7 @@ class Server:
             if handle is not sender and handle._owner.alive and not self.deaf and not handle.cut_off:
                 self.messages += 1
                 delay = LATENCY_SECONDS * (1 + self.world.choices.below(4))
-                self.world.call_at(self.world.now + delay, lambda handle=handle: handle.hear(tenant))
+                self.world.call_at(self.world.now + delay, partial(handle.hear, tenant))
 
 
 class Handle:

@@ -7,10 +7,9 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 
-from tests.simulation.__main__ import broken, tell
 from tests.simulation.history import History, play
 from tests.simulation.mutants import MUTANTS, Mutant, seeds_to_kill
-from tests.simulation.shrink import shrink
+from tests.simulation.runs import broken, shrink, tell
 from tests.simulation.world import Choices
 
 HISTORIES = 400
@@ -56,7 +55,19 @@ def test_histories_reach_every_kind_of_store_and_fault() -> None:
     assert {kind for kind, _, _ in kinds} == {"memory", "file", "fleet"}
     assert {background for _, background, _ in kinds} == {True, False}
     assert {count for _, _, count in kinds} == {1, 2}
-    assert {"delivery", "storm", "refreshes", "forks", "killed", "frozen", "down", "cut", "busy", "deaf", "loses"} <= words
+    assert {
+        "delivery",
+        "storm",
+        "refreshes",
+        "forks",
+        "killed",
+        "frozen",
+        "down",
+        "cut",
+        "busy",
+        "deaf",
+        "loses",
+    } <= words
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=[mutant.name for mutant in MUTANTS])

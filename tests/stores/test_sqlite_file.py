@@ -202,7 +202,7 @@ DAMAGES = {
     "scribbled upon": scribbled_upon,
     "replaced": replaced,
     "a table is missing": altered("DROP TABLE entries"),
-    "an index is missing": altered("DROP INDEX history_key"),
+    "an index is missing": altered("DROP INDEX delivery_ids_until"),
     "a column is missing": altered("ALTER TABLE history DROP COLUMN event"),
     "the service row is missing": altered("DELETE FROM service"),
     "the counter is a text": altered("UPDATE service SET version = 'x'"),
@@ -522,4 +522,19 @@ def test_a_boot_leaves_a_malformed_row_for_the_next_change(path: Path, clock: Fa
     assert store.load(TENANT) == Entry()
     assert store.load("other-tenant").generation == 2
     assert good != encode_entry(store.load("other-tenant"))
+    store.close()
+
+
+def test_a_field_of_a_later_release_is_no_reason_to_set_the_file_aside(path: Path, clock: FakeClock) -> None:
+    """Old and new releases share a file during an upgrade."""
+    store = made(path, clock)
+    committed(store, leased(store), clock)
+    entry = store.load(TENANT)
+    store.close()
+    altered("UPDATE entries SET entry = json_set(entry, '$.new', 1, '$.snapshot.new', json('[1]'))")(path)
+    store = made(path, clock)
+    assert store.load(TENANT) == entry
+    assert invalidated(store) == 1
+    assert set_aside(path) == []
+    assert store.health().ok
     store.close()

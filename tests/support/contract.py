@@ -44,6 +44,7 @@ from external_oms.entry import (
 from external_oms.records import MEMBER_SECONDS, Cause, Event, Member
 from external_oms.stores.base import DELIVERY_ID_SECONDS, Store
 from tests.support.clock import FakeClock
+from tests.support.waiting import wait_until
 
 __all__ = [
     "DEADLINE_SECONDS",
@@ -64,7 +65,6 @@ __all__ = [
     "race",
     "released",
     "try_lease",
-    "wait_until",
     "word",
 ]
 
@@ -279,16 +279,6 @@ def at_once(count: int, work: Callable[[int], object]) -> list[object]:
     for thread in threads:
         thread.join()
     return results
-
-
-def wait_until(condition: Callable[[], bool], *, seconds: float = DEADLINE_SECONDS) -> bool:
-    """Wait until the condition is true; return whether it came true in time."""
-    until = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() >= until:
-            return False
-        time.sleep(0.002)
-    return True
 
 
 # -- every store ------------------------------------------------------------------------------------------------------
@@ -832,7 +822,10 @@ class SharedStoreContract(StoreContract):
 
     def eventually(self, condition: Callable[[], bool]) -> bool:
         """Return whether the condition comes true within the bound of the store."""
-        return wait_until(condition, seconds=self.visible_within_seconds)
+        try:
+            return wait_until(condition, seconds=self.visible_within_seconds)
+        except AssertionError:
+            return False
 
     @pytest.fixture
     def other(self, store: Store, make_store: MakeStore) -> Store:

@@ -12,33 +12,12 @@ from pathlib import Path
 
 __all__ = ["NETWORK_FILE_SYSTEMS", "boot_id", "is_gone", "network_file_system", "own_mountinfo", "process_identity"]
 
-NETWORK_FILE_SYSTEMS = frozenset(
-    {
-        "9p",
-        "afs",
-        "beegfs",
-        "ceph",
-        "cifs",
-        "davfs",
-        "fuse.ceph",
-        "fuse.davfs2",
-        "fuse.gcsfuse",
-        "fuse.glusterfs",
-        "fuse.mount.glusterfs",
-        "fuse.rclone",
-        "fuse.s3fs",
-        "fuse.sshfs",
-        "glusterfs",
-        "gpfs",
-        "lustre",
-        "ncpfs",
-        "nfs",
-        "nfs4",
-        "smb2",
-        "smb3",
-        "smbfs",
-    }
-)
+_NETWORK = """
+9p afs beegfs ceph cifs davfs fuse.ceph fuse.davfs2 fuse.gcsfuse fuse.glusterfs fuse.mount.glusterfs fuse.rclone
+fuse.s3fs fuse.sshfs glusterfs gpfs lustre ncpfs nfs nfs4 smb2 smb3 smbfs
+"""
+
+NETWORK_FILE_SYSTEMS = frozenset(_NETWORK.split())
 """File systems whose memory and locks are not shared between hosts: only one host sees a mapped word change there."""
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")

@@ -4,8 +4,7 @@ A transition runs in this process: read the entry, apply the pure function, stor
 one meanwhile, else try again over what the others stored. Evaluations load from the replica, which `redis_sync` keeps
 up to date, and touch no socket. Where Redis does not answer, the store raises `StoreError` and does nothing else.
 
-Keys and channel. `<key>` is the storage key of a tenant, whose keys lie on one node of a cluster. All keys have a
-life::
+Keys and channel, each with its life; `<key>` is the storage key of a tenant, whose keys lie on one node of a cluster::
 
     {prefix}:2:{<key>}:entry          version and entry                30 days since the last change
     {prefix}:2:{<key>}:id:<sha256>    a delivery id                    DELIVERY_ID_SECONDS
@@ -29,9 +28,7 @@ failover, this supposes that the clocks of the servers agree.
 
 from __future__ import annotations
 
-import hashlib
 import heapq
-import itertools
 import logging
 import os
 import secrets
@@ -40,39 +37,21 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import islice
-from operator import lt
 from random import Random
 from typing import Any, TypeVar
 
-from redis import Redis
-
 from external_oms.clock import SYSTEM_CLOCK, Clock
-from external_oms.codec import (
-    MalformedError,
-    decode_event,
-    decode_member,
-    encode_entry,
-    encode_event,
-    encode_member,
-)
+from external_oms.codec import MalformedError, decode_event, decode_member, encode_entry, encode_event, encode_member
 from external_oms.entry import Change, Entry, Invalidation, Moment, Transition, invalidate, shift
 from external_oms.errors import StoreBusy, StoreError
 from external_oms.records import MEMBER_SECONDS, Cause, Event, Member
 from external_oms.stores.base import DELIVERY_ID_SECONDS, Health
-from external_oms.stores.redis_client import Client, client_factory, node_of, store_errors, subscription_of
-from external_oms.stores.redis_scripts import (
-    COMPARE_AND_SET,
-    MEMBERS,
-    NO_VERSION,
-    READ,
-    REPORT,
-    Found,
-    as_bytes,
-    decode_found,
-)
+from external_oms.stores.redis_client import Client, client_factory, store_errors, subscription_of
+from external_oms.stores.redis_replica import Replica, Tenant, marks
+from external_oms.stores.redis_scripts import MEMBERS, REPORT, Arguments, Found, Scripts, decode_rows
 from external_oms.stores.redis_sync import Sync, timeout_of
 
 __all__ = ["RedisStore"]
@@ -94,50 +73,10 @@ entry that came with the refusal."""
 FIRST_PULL_SECONDS = 0.1
 """How long `load` waits in a forked child for the first pull, once: the one wait that an evaluation is allowed."""
 
-PULL_AT_ONCE = 500
-"""Entries pulled by one pipeline: enough to hide the round trip, few enough that Redis serves others in between."""
-
 LOG_SECONDS = 60.0
-"""The least time between two log lines that say that Redis lost entries: a flush loses those of all tenants."""
+"""The least time between two log lines about lost entries: a flush loses those of all tenants."""
 
 T = TypeVar("T")
-
-Arguments = Sequence[str | bytes | int]
-
-
-@dataclass(frozen=True, slots=True)
-class _State:
-    """What this process knows of a tenant's entry.
-
-    Attributes:
-        version: The version of the entry; 0 where there is none.
-        entry: The entry, its instants on the clock of this process.
-        order: A number between those of the requests before and after the entry was learned. The reply to a request
-            with a lower number may be older than the entry.
-    """
-
-    version: int = 0
-    entry: Entry = Entry()  # noqa: RUF009 - it is frozen
-    order: int = 0
-
-
-class _Replica:
-    """The keys of one tenant in Redis, and what this process knows of its entry."""
-
-    __slots__ = ("_base", "index", "keys", "state", "storage_key", "tenant", "writing")
-
-    def __init__(self, tenant: str, storage_key: str, prefix: str, index: int) -> None:
-        self._base = f"{prefix}:2:{{{storage_key}}}:"
-        self.tenant = tenant
-        self.storage_key = storage_key
-        self.keys = [f"{self._base}{name}" for name in ("entry", "history", "set-aside:entry", "set-aside:history")]
-        self.index = index
-        self.state = _State()
-        self.writing: set[int] = set()  # the versions that this process stores at this moment
-
-    def id_key(self, delivery_id: str) -> str:
-        """Return the key of a delivery id: its hash, because senders choose what an id holds."""
-        return f"{self._base}id:{hashlib.sha256(delivery_id.encode(errors='surrogatepass')).hexdigest()}"
 
 
 class RedisStore:
@@ -147,8 +86,7 @@ class RedisStore:
         url: Where Redis is; see `redis_client.client_factory` for the forms, Sentinel and Cluster included.
         client: A ready client of redis-py instead of a URL; its timeouts and retries are its own, and it is not closed.
         keys: The tenants to follow from the start, each with its storage key, which names the tenant and the address of
-            its config API: two environments in one Redis then never share a value. Another tenant is followed from its
-            first use, and its storage key is its name.
+            its config API. Another tenant is followed from its first use, and its storage key is its name.
         prefix: The beginning of every key.
         bound_seconds: The longest that a change whose message was lost stays unseen, in seconds, > 0. With 5 a fleet of
             a hundred members pulls about thirty times a second.
@@ -180,23 +118,21 @@ class RedisStore:
         history_seconds: float = 30 * 86_400.0,
         random: Random | None = None,
     ) -> None:
-        if (url is None) == (client is None):
+        self._make: Callable[[], Client]
+        if url is not None and client is None:
+            self._make = client_factory(url, timeout_seconds=timeout_of(bound_seconds))
+        elif client is not None and url is None:
+            self._make = lambda: client
+        else:
             raise TypeError("give RedisStore a url or a client, not both and not neither")
-        self._given = client
-        self._make = client_factory(url, timeout_seconds=timeout_of(bound_seconds)) if url is not None else None
-        self._prefix = prefix
+        self._owns_client = client is None
         self._channel = f"{prefix}:2:changes"
         self._members_key = f"{prefix}:2:{{members}}"
-        self._keys = dict(keys or {})
         self._clock = clock
         self._history_rows = history_rows
         self._history_seconds = history_seconds
         self._random = random or Random()  # noqa: S311 - it spreads load; nothing is secret about it
-        self._orders = itertools.count(1)
-        self._versions: list[int] = []
-        self._replicas: dict[str, _Replica] = {}
-        self._by_storage_key: dict[bytes, _Replica] = {}
-        self._heard: set[_Replica] = set()
+        self._heard: set[Tenant] = set()
         self._loss_logged_at = float("-inf")
         self._sync = Sync(
             subscribe=lambda: subscription_of(self._connected(), self._channel),
@@ -205,15 +141,13 @@ class RedisStore:
             bound_seconds=bound_seconds,
             random=self._random,
         )
+        self._scripts = Scripts(self._connected, clock=clock)
+        self._replica = Replica(keys or {}, prefix=prefix, orders=self._scripts.orders, changed=self._sync.call_wake)
         self._begin()
-        for tenant in self._keys:
-            self._replica(tenant)
 
     def _begin(self) -> None:
-        self._lock = threading.Lock()
         self._client_lock = threading.Lock()
         self._client: Client | None = None
-        self._changed: set[str] = set()
         self._holder = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
 
     # -- threads and forks --------------------------------------------------------------------------------------------
@@ -226,28 +160,22 @@ class RedisStore:
         """Take a new name, a new client and new locks; no entry is verified before the first pull."""
         self._begin()
         self._sync.after_fork()
-        for replica in self._replicas.values():
-            replica.state = replace(replica.state, entry=replace(replica.state.entry, verified=False))
-            self._versions[replica.index] += 1
+        self._replica.after_fork()
 
     def close(self) -> None:
         """End the thread and close the client; a client that was given stays open."""
         self._sync.close()
         with self._client_lock:
             client, self._client = self._client, None
-        if client is not None:
+        if client is not None and self._owns_client:
             with suppress(StoreError), store_errors():
                 client.close()
 
     def _connected(self) -> Client:
         """Return the client, made on first use: that of a cluster asks for the slots when it is made."""
-        if self._given is not None:
-            return self._given
-        with self._client_lock:
-            if self._client is None and self._make is not None:
-                with store_errors():
-                    self._client = self._make()
-            return self._client  # type: ignore[return-value]
+        with self._client_lock, store_errors():
+            self._client = self._client or self._make()
+            return self._client
 
     def health(self) -> Health:
         """Return whether Redis answered the last time that the thread asked."""
@@ -264,38 +192,21 @@ class RedisStore:
         """Return False: nobody can look at a process of another host. The lease of one that died ends by its life."""
         return False
 
-    def _storage_key(self, tenant: str) -> str:
-        return self._keys.get(tenant, tenant)
-
-    def _replica(self, tenant: str) -> _Replica:
-        replica = self._replicas.get(tenant)
-        if replica is None:
-            with self._lock:
-                replica = self._replicas.get(tenant)
-                if replica is None:
-                    replica = _Replica(tenant, self._storage_key(tenant), self._prefix, len(self._versions))
-                    self._versions.append(0)
-                    self._replicas = {**self._replicas, tenant: replica}  # others may iterate over the old one
-                    self._by_storage_key[replica.storage_key.encode()] = replica
-        return replica
-
     def version_ref(self, tenant: str) -> tuple[Sequence[int], int]:
         """Return where the version word of a tenant stands: in the replica."""
-        return self._versions, self._replica(tenant).index
+        return self._replica.versions, self._replica.tenant(tenant).index
 
     def load(self, tenant: str) -> Entry:
         """Return the entry of the replica. In a forked child it waits for the first pull, for 100 ms at most, once."""
-        replica = self._replica(tenant)
-        if not replica.state.entry.verified and not self._sync.first_pull.is_set():
+        known = self._replica.tenant(tenant)
+        if not known.state.entry.verified and not self._sync.first_pull.is_set():
             self._sync.first_pull.wait(FIRST_PULL_SECONDS)
             self._sync.first_pull.set()
-        return replica.state.entry
+        return known.state.entry
 
     def touch(self, tenant: str) -> None:
         """Change the version word."""
-        replica = self._replica(tenant)
-        with self._lock:
-            self._versions[replica.index] += 1
+        self._replica.touch(self._replica.tenant(tenant))
 
     def attach(self, wake: Callable[[], None]) -> None:
         """Have `wake` called when another process changed an entry, or when Redis stops or begins to answer."""
@@ -310,92 +221,26 @@ class RedisStore:
         self._sync.keep_running()
         if self._sync.problem:
             raise StoreError(self._sync.problem)
-        with self._lock:
-            changed, self._changed = self._changed, set()
-        return changed
-
-    def _adopt(self, replica: _Replica, found: Found) -> bool:
-        """Take what a reply holds into the replica; return False where Redis lost changes that this process knows."""
-        known = replica.state
-        here, there = (known.version, *_marks(known.entry)), (found.version, *_marks(found.entry))
-        if found.is_refused or any(map(lt, there, here)):
-            return found.order < known.order  # a request from before this process knew better proves nothing
-        if found.version > known.version or not known.entry.verified:
-            self._apply(replica, found.version, shift(found.entry, found.early_offset))
-        return True
-
-    def _apply(self, replica: _Replica, version: int, entry: Entry) -> None:
-        """Take an entry into the replica, unless a later version is there."""
-        with self._lock:
-            known = replica.state
-            if version < known.version or (version == known.version and known.entry.verified):
-                return
-            replica.state = _State(version, entry, next(self._orders))
-            self._versions[replica.index] += 1
-            is_own = version in replica.writing
-            if not is_own:
-                self._changed.add(replica.tenant)
-        if not is_own:
-            self._sync.wake()
+        return self._replica.take_changed()
 
     def _hear(self, message: bytes | str) -> bool:
-        """Take a message from the channel; return whether it names an entry of another version than the known one."""
-        version, _, storage_key = as_bytes(message).partition(b" ")
-        replica = self._by_storage_key.get(storage_key)
-        if replica is None or version == _encode_version(replica.state.version):
-            return False
-        self._heard.add(replica)
-        return True
+        tenant = self._replica.named_in(message)
+        if tenant is not None:
+            self._heard.add(tenant)
+        return tenant is not None
 
     def _pull(self, everything: bool) -> None:
-        replicas = list(self._replicas.values() if everything else self._heard)
+        tenants = list(self._replica.tenants() if everything else self._heard)
         self._heard.clear()
-        for start in range(0, len(replicas), PULL_AT_ONCE):
-            for replica, version, found in self._read_all(replicas[start : start + PULL_AT_ONCE]):
-                if found is None:
-                    self._apply(replica, version, replace(replica.state.entry, verified=True))
-                elif not self._adopt(replica, found):
-                    self.transact(replica.tenant, _change_nothing)  # stores again what Redis lost
-
-    def _read_all(self, replicas: Sequence[_Replica]) -> Iterator[tuple[_Replica, int, Found | None]]:
-        """Read entries in one round trip per server; yield each with the version that was known before.
-
-        A cluster's pipeline takes no scripts, so each server of it gets a pipeline of its own. An entry that answers
-        with an error is read alone, which loads the script into a new server, follows a slot that has moved, or raises.
-        """
-        pending = list(replicas)
-        while pending:
-            with store_errors():
-                replies, pending = self._read_by_server(self._connected(), pending)
-            yield from replies
-            if pending:
-                replica = pending.pop()
-                version = replica.state.version
-                yield replica, version, self._run(READ, replica.keys[:1], [_encode_version(version)])
-
-    def _read_by_server(
-        self, client: Client, replicas: Sequence[_Replica]
-    ) -> tuple[list[tuple[_Replica, int, Found | None]], list[_Replica]]:
-        replies: list[tuple[_Replica, int, Found | None]] = []
-        failed: list[_Replica] = []
-        sha = client.register_script(READ).sha
-        servers: dict[Redis, list[tuple[_Replica, int]]] = {}
-        for replica in replicas:
-            servers.setdefault(node_of(client, replica.keys[0]), []).append((replica, replica.state.version))
-        for server, group in servers.items():
-            order, sent = next(self._orders), self._clock.monotonic()
-            pipeline = server.pipeline(transaction=False)
-            for replica, version in group:
-                pipeline.evalsha(sha, 1, replica.keys[0], _encode_version(version))
-            answers = pipeline.execute(raise_on_error=False)
-            received = self._clock.monotonic()
-            for (replica, version), answer in zip(group, answers, strict=True):
-                if isinstance(answer, Exception):
-                    failed.append(replica)
-                else:
-                    found = decode_found(answer, sent=sent, received=received, order=order)
-                    replies.append((replica, version, found))
-        return replies, failed
+        by_key = {tenant.keys[0]: tenant for tenant in tenants}
+        versions = {key: tenant.state.version for key, tenant in by_key.items()}
+        for key, found in self._scripts.read_all(versions):
+            tenant = by_key[key]
+            if found is None:
+                self._replica.apply(tenant, versions[key], replace(tenant.state.entry, verified=True))
+            elif not self._replica.adopt(tenant, found):
+                with suppress(StoreBusy):  # the next pull tries again
+                    self.transact(tenant.name, lambda entry, _: Change(entry, None))  # restores what Redis lost
 
     # -- transitions --------------------------------------------------------------------------------------------------
 
@@ -406,30 +251,30 @@ class RedisStore:
             StoreBusy: Other processes changed the entry again and again, for two seconds.
             StoreError: Redis did not do it, or did not answer; then it may have been done.
         """
-        replica = self._replica(tenant)
+        known = self._replica.tenant(tenant)
         ids = tuple(dict.fromkeys(delivery_ids))
-        keys = [*replica.keys, *map(replica.id_key, ids)]
+        keys = [*known.keys, *map(known.id_key, ids)]
         give_up_at = time.monotonic() + BUSY_SECONDS
         conflicts = 0
-        found = self._run(READ, keys, [NO_VERSION], ids)
+        found = self._scripts.read(keys, ids)
         while found is not None:
             before = shift(found.entry, found.late_offset)
             moment = Moment(found.received, found.server_us // 1000, found.seen)
-            is_lost = not self._adopt(replica, found)
-            restored = self._restore(replica, found, before, moment) if is_lost else Change(before, None)
+            is_lost = not self._replica.adopt(known, found)
+            restored = _restore(known, found, before, moment, self._clock.wall()) if is_lost else Change(before, None)
             change = transition(restored.entry, moment)
             events = restored.events + change.events
             if change.entry is before and not events and not change.claims:
                 return change.result
             version = max(found.version + 1 + len(events), found.server_us)
-            arguments = self._arguments(replica, found, version, change, events, ids)
-            replica.writing.add(version)
+            arguments = self._arguments(known, found, version, change, events, ids)
+            known.writing.add(version)
             try:
-                conflict = self._run(COMPARE_AND_SET, keys, arguments, ids)
+                conflict = self._scripts.compare_and_set(keys, arguments, ids)
                 if conflict is None:
-                    self._apply(replica, version, shift(change.entry, found.early_offset - found.late_offset))
+                    self._replica.apply(known, version, shift(change.entry, found.early_offset - found.late_offset))
             finally:
-                replica.writing.discard(version)
+                known.writing.discard(version)
             if conflict is None:
                 if is_lost:
                     self._log_loss(found)
@@ -440,12 +285,12 @@ class RedisStore:
             conflicts += 1
             if conflicts > 1:
                 time.sleep(self._random.uniform(0.0, PAUSE_SECONDS))
-                found = self._run(READ, keys, [NO_VERSION], ids)
+                found = self._scripts.read(keys, ids)
         raise StoreBusy(f"other processes change tenant {tenant!r} in Redis again and again; try again")
 
     def _arguments(
         self,
-        replica: _Replica,
+        tenant: Tenant,
         found: Found,
         version: int,
         change: Change[object],
@@ -455,7 +300,7 @@ class RedisStore:
         arguments: list[str | bytes | int] = [
             found.expected,
             self._channel,
-            f"{version} {replica.storage_key}",
+            f"{version} {tenant.storage_key}",
             int(found.is_refused),
             f"{version}\n{encode_entry(shift(change.entry, -found.late_offset))}",
             _milliseconds(ENTRY_SECONDS),
@@ -468,40 +313,6 @@ class RedisStore:
         for number, event in enumerate(events, version - len(events) + 1):
             arguments += [number, encode_event(event)]
         return arguments
-
-    def _run(self, script: str, keys: Sequence[str], arguments: Arguments, ids: Sequence[str] = ()) -> Found | None:
-        order, sent = next(self._orders), self._clock.monotonic()
-        reply = self._eval(script, keys, arguments)
-        if reply is None:
-            return None
-        return decode_found(reply, sent=sent, received=self._clock.monotonic(), order=order, delivery_ids=ids)
-
-    def _eval(self, script: str, keys: Sequence[str], arguments: Arguments) -> Any:  # noqa: ANN401 - as redis-py
-        client = self._connected()
-        with store_errors():
-            return client.register_script(script)(keys, arguments)
-
-    def _restore(self, replica: _Replica, found: Found, entry: Entry, moment: Moment) -> Change[object]:
-        """Return what becomes of an entry that lost changes: a higher generation than any that this process knows.
-
-        The later of the two values stays, as a stale one: a process that knows less cannot take the others back.
-        """
-        known = replica.state.entry
-        if _marks(known)[1] > _marks(entry)[1]:
-            entry = replace(
-                entry,
-                snapshot=known.snapshot,
-                failure=entry.failure or known.failure,
-                stale_since=entry.stale_since if known.stale_since is None else known.stale_since,
-                token=max(entry.token, known.token),
-            )
-        event = Event(
-            at=datetime.fromtimestamp(self._clock.wall(), UTC),
-            tenant=replica.tenant,
-            cause=Cause.STORE,
-            detail=_loss(found),
-        )
-        return invalidate(entry, moment, [Invalidation(event)], at_least=known.generation + 1)
 
     def _log_loss(self, found: Found) -> None:
         now = time.monotonic()
@@ -517,13 +328,13 @@ class RedisStore:
 
     def history(self, *, tenant: str | None = None, limit: int = 100, before: int | None = None) -> Sequence[Event]:
         """Return rows of history, newest first; the rows of several tenants are merged by their ids."""
-        replicas = list(self._replicas.values()) if tenant is None else [self._replica(tenant)]
+        tenants = self._replica.tenants() if tenant is None else [self._replica.tenant(tenant)]
         newest = "+" if before is None else str(max(0, before - 1))
         client = self._connected()
         with store_errors():
             pipeline = client.pipeline(transaction=False)
-            for replica in replicas:
-                pipeline.xrevrange(replica.keys[1], newest, "-", count=limit)
+            for one in tenants:
+                pipeline.xrevrange(one.keys[1], newest, "-", count=limit)
             replies = pipeline.execute(raise_on_error=False)
             for reply in replies:  # what is no stream has no rows, and is set aside when the next one is added
                 if isinstance(reply, Exception) and "WRONGTYPE" not in str(reply):
@@ -537,32 +348,40 @@ class RedisStore:
         """Store the heartbeats of this process."""
         arguments: list[str | bytes | int] = [_milliseconds(MEMBER_SECONDS), _milliseconds(ENTRY_SECONDS)]
         for member in members:
-            arguments += [self._storage_key(member.tenant), encode_member(member)]
-        self._eval(REPORT, [self._members_key, f"{self._members_key}:set-aside"], arguments)
+            arguments += [self._replica.storage_key(member.tenant), encode_member(member)]
+        self._scripts.run(REPORT, [self._members_key, f"{self._members_key}:set-aside"], arguments)
 
     def members(self, tenant: str | None = None) -> Sequence[Member]:
         """Return the last heartbeat of each process and tenant."""
-        reply = self._eval(MEMBERS, [self._members_key], [_milliseconds(MEMBER_SECONDS)])
+        reply = self._scripts.run(MEMBERS, [self._members_key], [_milliseconds(MEMBER_SECONDS)])
         found: dict[tuple[str, str], Member] = {}
-        for number, fields in reply[1] if reply else ():
-            row = dict(zip(map(as_bytes, fields[::2]), map(as_bytes, fields[1::2]), strict=False))
+        for milliseconds, row in decode_rows(reply[1]) if reply else ():
             with suppress(MalformedError):
-                seen_seconds = max(0.0, (int(reply[0]) - _decode_id(number)) / 1000)
+                seen_seconds = max(0.0, (int(reply[0]) - milliseconds) / 1000)
                 member = decode_member(row.get(b"member", b""), seen_seconds=seen_seconds)
                 # another environment in the same Redis may have a tenant of the same name
-                is_ours = row.get(b"key") == self._storage_key(member.tenant).encode()
+                is_ours = row.get(b"key") == self._replica.storage_key(member.tenant).encode()
                 if is_ours and tenant in {None, member.tenant}:
                     found.setdefault((member.name, member.tenant), member)
         return tuple(found.values())
 
 
-def _change_nothing(entry: Entry, moment: Moment) -> Change[None]:  # noqa: ARG001 - the form of a transition
-    return Change(entry, None)
+def _restore(tenant: Tenant, found: Found, entry: Entry, moment: Moment, wall: float) -> Change[object]:
+    """Return what becomes of an entry that lost changes: a higher generation than any that this process knows.
 
-
-def _marks(entry: Entry) -> tuple[int, int]:
-    """Return the numbers of an entry that never fall unless data is lost: generation, and token of the value."""
-    return entry.generation, entry.snapshot.token if entry.snapshot else 0
+    The later of the two values stays, as a stale one: a process that knows less cannot take the others back.
+    """
+    known = tenant.state.entry
+    if marks(known)[1] > marks(entry)[1]:
+        entry = replace(
+            entry,
+            snapshot=known.snapshot,
+            failure=entry.failure or known.failure,
+            stale_since=entry.stale_since if known.stale_since is None else known.stale_since,
+            token=max(entry.token, known.token),
+        )
+    event = Event(datetime.fromtimestamp(wall, UTC), tenant.name, Cause.STORE, detail=_loss(found))
+    return invalidate(entry, moment, [Invalidation(event)], at_least=known.generation + 1)
 
 
 def _loss(found: Found) -> str:
@@ -575,16 +394,7 @@ def _milliseconds(seconds: float) -> int:
     return max(1, round(seconds * 1000))
 
 
-def _encode_version(version: int) -> bytes:
-    return b"%d" % version if version else b""
-
-
-def _decode_id(stream_id: str | bytes) -> int:
-    return int(as_bytes(stream_id).partition(b"-")[0])
-
-
-def _events(reply: Iterable[tuple[bytes | str, Mapping[Any, Any] | None]]) -> Iterator[Event]:
-    for stream_id, fields in reply:
-        row = fields or {}
+def _events(reply: Iterable[Any]) -> Iterator[Event]:
+    for number, row in decode_rows(reply):
         with suppress(MalformedError):
-            yield decode_event(row.get(b"event") or row.get("event") or b"", number=_decode_id(stream_id))
+            yield decode_event(row.get(b"event", b""), number=number)

@@ -32,9 +32,10 @@ from redis.sentinel import Sentinel
 
 from external_oms.errors import SettingsError, StoreError
 
-__all__ = ["FAILURES", "Client", "client_factory", "node_of", "store_errors", "subscription_of"]
+__all__ = ["FAILURES", "Client", "PubSub", "Server", "client_factory", "server_of", "store_errors", "subscription_of"]
 
 Client: TypeAlias = Redis | RedisCluster
+Server: TypeAlias = Redis
 
 SENTINEL_PORT = 26_379
 CLUSTER_PORT = 6_379
@@ -76,7 +77,7 @@ def store_errors() -> Iterator[None]:
         raise StoreError(f"Redis {complaint or f'answers with {kind.__name__}; see its log'}") from error
 
 
-def node_of(client: Client, key: str) -> Redis:
+def server_of(client: Client, key: str) -> Server:
     """Return the client of the server that keeps a key: in a cluster that of its node."""
     if isinstance(client, RedisCluster):
         node: ClusterNode = client.get_node_from_key(key)  # type: ignore[no-untyped-call]  # redis-py has no type here

@@ -7,15 +7,24 @@ under a key of ours and cannot use is renamed, never deleted.
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import islice
+from typing import Any, TypeAlias
 
+from external_oms.clock import Clock
 from external_oms.codec import MAX_NUMBER, decode_entry
 from external_oms.entry import Entry
+from external_oms.stores.redis_client import Client, Server, server_of, store_errors
 
-__all__ = ["COMPARE_AND_SET", "MEMBERS", "NO_VERSION", "READ", "REPORT", "Found", "as_bytes", "decode_found"]
+__all__ = ["MEMBERS", "REPORT", "Arguments", "Found", "Scripts", "as_bytes", "decode_rows", "encode_version"]
+
+Arguments: TypeAlias = Sequence[str | bytes | int]
+
+PULL_AT_ONCE = 500
+"""Entries read by one pipeline: enough to hide the round trip, few enough that Redis serves others in between."""
 
 NO_VERSION = b"-"
 """The known version for READ that no entry has, so that READ always returns the text."""
@@ -179,6 +188,106 @@ def decode_found(
     )
 
 
+class Scripts:
+    """Runs the scripts over a client.
+
+    Args:
+        connect: Returns the client; raises `StoreError`.
+        clock: Tells the time.
+
+    Attributes:
+        orders: Numbers the requests.
+    """
+
+    def __init__(self, connect: Callable[[], Client], *, clock: Clock) -> None:
+        self._connect = connect
+        self._clock = clock
+        self.orders = itertools.count(1)
+
+    def run(self, script: str, keys: Sequence[str], arguments: Arguments) -> Any:  # noqa: ANN401 - any reply of Redis
+        """Run a script; a server that does not know it yet gets it first.
+
+        Raises:
+            StoreError: Redis did not run it, or did not answer.
+        """
+        client = self._connect()
+        with store_errors():
+            return client.register_script(script)(keys, arguments)
+
+    def read(self, keys: Sequence[str], delivery_ids: Sequence[str]) -> Found | None:
+        """Return the entry of a tenant, whatever its version."""
+        return self._find(READ, keys, [NO_VERSION], delivery_ids)
+
+    def compare_and_set(self, keys: Sequence[str], arguments: Arguments, delivery_ids: Sequence[str]) -> Found | None:
+        """Store an entry and return None, or return the entry that another process stored meanwhile."""
+        return self._find(COMPARE_AND_SET, keys, arguments, delivery_ids)
+
+    def _find(
+        self, script: str, keys: Sequence[str], arguments: Arguments, delivery_ids: Sequence[str] = ()
+    ) -> Found | None:
+        order, sent = next(self.orders), self._clock.monotonic()
+        reply = self.run(script, keys, arguments)
+        received = self._clock.monotonic()
+        if reply is None:
+            return None
+        return decode_found(reply, sent=sent, received=received, order=order, delivery_ids=delivery_ids)
+
+    def read_all(self, versions: Mapping[str, int]) -> Iterator[tuple[str, Found | None]]:
+        """Read entries in one round trip per server; yield each with its key, None where it has the known version.
+
+        A cluster's pipeline takes no scripts, so each server of it gets a pipeline of its own. An entry that answers
+        with an error is read alone, which loads the script into a new server, follows a slot that has moved, or raises.
+
+        Args:
+            versions: The keys of the entries, each with the version that the caller knows.
+        """
+        for start in range(0, len(versions), PULL_AT_ONCE):
+            pending = list(islice(versions, start, start + PULL_AT_ONCE))
+            while pending:
+                with store_errors():
+                    replies, pending = self._read_by_server(self._connect(), pending, versions)
+                yield from replies
+                if pending:
+                    key = pending.pop()
+                    yield key, self._find(READ, [key], [encode_version(versions[key])])
+
+    def _read_by_server(
+        self, client: Client, keys: Sequence[str], versions: Mapping[str, int]
+    ) -> tuple[list[tuple[str, Found | None]], list[str]]:
+        replies: list[tuple[str, Found | None]] = []
+        failed: list[str] = []
+        sha = client.register_script(READ).sha
+        servers: dict[Server, list[str]] = {}
+        for key in keys:
+            servers.setdefault(server_of(client, key), []).append(key)
+        for server, group in servers.items():
+            order, sent = next(self.orders), self._clock.monotonic()
+            pipeline = server.pipeline(transaction=False)
+            for key in group:
+                pipeline.evalsha(sha, 1, key, encode_version(versions[key]))
+            answers = pipeline.execute(raise_on_error=False)
+            received = self._clock.monotonic()
+            for key, answer in zip(group, answers, strict=True):
+                if isinstance(answer, Exception):
+                    failed.append(key)
+                else:
+                    replies.append((key, decode_found(answer, sent=sent, received=received, order=order)))
+        return replies, failed
+
+
+def decode_rows(reply: Iterable[Any]) -> Iterator[tuple[int, Mapping[bytes, bytes]]]:
+    """Return the rows of a stream: the first part of each id, and the fields."""
+    for stream_id, fields in reply:
+        pairs = fields.items() if isinstance(fields, dict) else zip(fields[::2], fields[1::2], strict=False)
+        number = int(as_bytes(stream_id).partition(b"-")[0])
+        yield number, {as_bytes(name): as_bytes(value) for name, value in pairs}
+
+
 def as_bytes(text: str | bytes) -> bytes:
     """Return a text of a reply as bytes; a client that the caller made may decode replies."""
     return text.encode(errors="replace") if isinstance(text, str) else text
+
+
+def encode_version(version: int) -> bytes:
+    """Return a version as READ wants it, and as a message holds it."""
+    return b"%d" % version if version else b""

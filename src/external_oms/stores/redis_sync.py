@@ -20,10 +20,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from random import Random
 
-from redis.client import PubSub
-
 from external_oms.errors import StoreError
-from external_oms.stores.redis_client import FAILURES
+from external_oms.stores.redis_client import FAILURES, PubSub
 
 __all__ = ["Sync", "timeout_of"]
 
@@ -100,6 +98,10 @@ class Sync:
         self._thread: threading.Thread | None = None
         self.first_pull = threading.Event()
         self.problem = ""
+
+    def call_wake(self) -> None:
+        """Call `wake`, whichever it is at this moment."""
+        self.wake()
 
     def start(self) -> None:
         """Start the thread where it does not run; cheap where it does."""

@@ -13,7 +13,7 @@ what follows. Writers of other processes are no such reason: they raise `StoreBu
 
 from __future__ import annotations
 
-import hashlib
+import json
 import logging
 import os
 import random
@@ -72,7 +72,12 @@ RETRY_SECONDS = (0.0005, 0.004)
 starves where others write all the time; the jitter keeps processes from trying in step."""
 
 READ_SECONDS = 0.1
-"""How long a reader waits for a lock: others hold one for a moment when they open or close the database."""
+"""How long a reader waits for other processes, which lock readers out for a moment when they open or close the database
+(SQLite) or make it."""
+
+TURN_SECONDS = 1.0
+"""How long a reader waits for the other threads of its process. Each reads for 30 us; fifty of them on a machine with
+too much to do, or a fork, take some 100 ms."""
 
 INSPECTION_SECONDS = 1.0
 """How often the file and its version table are looked at, and the least time between two tries to open them."""
@@ -86,8 +91,8 @@ ATTEMPTS = 2
 PRUNE_EVERY = 64
 """History is pruned at every so many rows; `history` leaves out what is due to go."""
 
-HISTORY_PAGE = 200
-"""History rows that are read at once, at least: rows of other keys and malformed ones are left out afterwards."""
+MAX_ID = (1 << 63) - 1
+"""The largest number of a row."""
 
 NOTICE_SECONDS = 60.0
 """How long `health` reports that something was set aside: several scrapes of a monitoring system."""
@@ -95,6 +100,18 @@ NOTICE_SECONDS = 60.0
 T = TypeVar("T")
 
 _EMPTY = Entry()
+
+_HISTORY = """
+SELECT id, event FROM history
+WHERE id > (SELECT coalesce(max(id), 0) FROM history) - ? AND id < ? AND at >= ?
+    AND (? IS NULL OR key IN (SELECT value FROM json_each(?)))
+ORDER BY id DESC LIMIT ?
+"""
+_MEMBERS = """
+SELECT at, member FROM members
+WHERE at > ? AND at < ? AND (? IS NULL OR key IN (SELECT value FROM json_each(?)))
+ORDER BY name, key
+"""
 
 
 class FairLock:
@@ -144,10 +161,6 @@ class FairLock:
                 turn.release()
             else:
                 self.owner = None
-
-
-class _InterruptedError(StoreBusy):
-    """A signal handler of this thread has forked and closed the connection under an operation."""
 
 
 class _Channel:
@@ -256,7 +269,7 @@ class SqliteStore:
     ) -> None:
         self._path = path
         self._keys = dict(keys or {})
-        self._own_keys = None if keys is None else {"", *keys.values()}  # "": rows about the store itself
+        self._own_keys = None if keys is None else ["", *keys.values()]  # "": rows about the store itself
         self._tenants = {key: tenant for tenant, key in self._keys.items()}
         self._clock = clock
         self._history_rows = history_rows
@@ -265,14 +278,12 @@ class SqliteStore:
         self._mountinfo = own_mountinfo() if mountinfo is None else mountinfo
         self._file: OpenFile | None = None
         self._versions = VersionTable.anonymous()
-        self._polled: dict[str, int] = {}  # per storage key the version that `poll` need not report any more
-        self._polled_version = 0
         self._suspect = False  # whether an operation failed in a way that opening the file anew may mend
         self._reopened = False  # whether `poll` has yet to report every tenant, because the file is another one
         self._open_at = float("-inf")
         self._inspect_at = float("-inf")
         self._problems: dict[str, str] = {}
-        self._malformed: dict[str, bytes] = {}
+        self._malformed: dict[str, object] = {}  # per storage key the version of a row that could not be decoded
         self._notice = ("", float("-inf"))
         self._begin()
         with suppress(OSError):  # where it cannot be looked at now, the first use says so
@@ -282,8 +293,7 @@ class SqliteStore:
     def _begin(self) -> None:
         """Make what belongs to one process: a child makes its own."""
         self._pid = os.getpid()
-        self._identity = process_identity()
-        self._holder = f"{self._identity}/{secrets.token_hex(4)}"
+        self._holder = f"{process_identity()}/{secrets.token_hex(4)}"
         self._writer = _Channel(0.0)
         self._reader = _Channel(READ_SECONDS)
         self._polling = threading.Lock()
@@ -327,18 +337,19 @@ class SqliteStore:
         file, now = self._file, self._clock.monotonic()
         if file is not None and (not self._suspect or (now < self._open_at and file.is_in_place())):
             return file
-        if file is None and now < self._open_at:
-            raise StoreError(self._problems.get("open", "the state file could not be opened a moment ago"))
+        self._refuse_to_open(file)
         try:
             opened = open_file(
                 self._path, boot=self._boot, clock=self._clock, mountinfo=self._mountinfo, wait_seconds=wait_seconds
             )
-            self._record_set_aside(opened)
         except StoreBusy:
             raise
         except (StoreError, OSError, sqlite3.Error) as error:
-            self._open_at = now + INSPECTION_SECONDS
-            raise self._failure(error, "open") from error
+            failure = self._failure(error, "open")
+            if not isinstance(failure, StoreBusy):
+                self._open_at = now + INSPECTION_SECONDS
+            raise failure from error
+        self._record_set_aside(opened)
         self._suspect = False
         self._problems.pop("open", None)
         if file is not None and opened.inode == file.inode and file.is_in_place():
@@ -347,7 +358,6 @@ class SqliteStore:
             return file
         former, self._versions, self._file = self._versions, opened.versions, opened
         self._malformed.clear()
-        self._polled, self._polled_version = {}, opened.version
         self._reopened = file is not None
         former.invalidate_all()  # readers of the former table, in every process, ask for the place of the word again
         return opened
@@ -356,20 +366,24 @@ class SqliteStore:
         for sentence in opened.set_aside:
             logger.warning("%s", sentence)
             row = Event(at=self._at(), tenant="", cause=Cause.STORE, detail=sentence)
-            self._transacted(opened, partial(self._insert, event=row), time.monotonic())
+            with suppress(sqlite3.Error):  # the log has it
+                self._transacted(opened, partial(self._insert, event=row), time.monotonic() + BUSY_SECONDS)
         if opened.damaged:
             self._notice = (opened.set_aside[-1], self._clock.monotonic() + NOTICE_SECONDS)
 
+    def _refuse_to_open(self, file: OpenFile | None) -> None:
+        if file is None and self._clock.monotonic() < self._open_at:
+            raise StoreError(self._problems.get("open", f"{self._path} could not be opened a moment ago"))
+
     def _open_for_reading(self) -> OpenFile:
-        if self._clock.monotonic() < self._open_at:
-            raise StoreError(self._problems.get("open", "the state file could not be opened a moment ago"))
-        with self._writer.use(READ_SECONDS):
+        self._refuse_to_open(None)
+        with self._writer.use(TURN_SECONDS):
             return self._opened(READ_SECONDS)
 
     def _failure(self, error: Exception, doing: str) -> StoreError:
         """Return the error to raise, and remember what is wrong."""
         if isinstance(error, sqlite3.ProgrammingError):
-            return _InterruptedError("a signal handler forked in the middle of an operation of the store; try again")
+            return StoreBusy("a signal handler forked in the middle of an operation of the store; try again")
         if isinstance(error, sqlite3.Error) and is_busy(error):
             return StoreBusy(f"other processes keep {self._path} locked; try again")
         self._suspect = True
@@ -378,18 +392,21 @@ class SqliteStore:
         self._problems[doing] = problem
         return StoreError(problem)
 
-    def _read(self, work: Callable[[sqlite3.Connection], T]) -> T:
+    def _read(self, work: Callable[[sqlite3.Connection], T], file: OpenFile | None = None) -> T:
         """Read with the one connection for reading.
 
         Raises:
             StoreError: It cannot be read.
         """
-        file = self._file or self._open_for_reading()
+        file = file or self._file or self._open_for_reading()
+        reader = self._reader
         try:
-            reader = self._reader
-            with reader.use(READ_SECONDS):
+            with reader.use(TURN_SECONDS):
                 result = work(reader.connection(file))
         except sqlite3.Error as error:
+            if not file.is_in_place():
+                self._suspect = True
+                raise StoreBusy(f"{self._path} was replaced, and is opened anew at the next poll") from error
             raise self._failure(error, "read") from error
         if self._problems:
             self._problems.pop("read", None)
@@ -403,14 +420,8 @@ class SqliteStore:
             key: The storage key whose version word to publish afterwards.
 
         Raises:
-            StoreError: Nothing was stored.
+            StoreError: Nothing was stored, as far as can be told.
         """
-        try:
-            return self._write_in_turn(work, key)
-        except _InterruptedError:
-            return self._write_in_turn(work, key)
-
-    def _write_in_turn(self, work: Callable[[sqlite3.Connection], _Outcome[T]], key: str | None) -> T:
         until = time.monotonic() + QUEUE_SECONDS
         with self._writer.use(QUEUE_SECONDS):
             for attempt in range(1, ATTEMPTS + 1):
@@ -425,9 +436,9 @@ class SqliteStore:
                     continue
                 if key is not None and outcome.after != outcome.before:
                     file.versions.publish(key, outcome.after)
-                    if self._polled.get(key, 0) == outcome.before:  # no other process came between
-                        self._polled[key] = outcome.after
-                if file.is_in_place():
+                    if file.polled.get(key, 0) == outcome.before:  # no other process came between
+                        file.polled[key] = outcome.after
+                if file.has_its_name():
                     self._problems.pop("write", None)
                     return outcome.result
                 self._suspect = True  # the change went down with the old file: make it in the new one
@@ -500,9 +511,8 @@ class SqliteStore:
                 raise MalformedError("a column has another type")  # noqa: TRY301 - one way for every malformed row
             entry = decode_entry(text)
         except MalformedError as error:
-            digest = hashlib.blake2b(repr(row).encode(), digest_size=8).digest()
-            if self._malformed.get(key) != digest:
-                self._malformed[key] = digest
+            if self._malformed.get(key) != version:
+                self._malformed[key] = version
                 logger.warning("the stored entry of %r cannot be decoded and counts as empty: %s", key, error)
             return 0, _EMPTY, False
         if self._malformed:
@@ -540,7 +550,7 @@ class SqliteStore:
             if file.is_in_place():
                 return
             self._suspect = True
-        with self._writer.use(READ_SECONDS):
+        with suppress(StoreBusy), self._writer.use(READ_SECONDS):  # the writers that are ahead open it themselves
             self._opened(READ_SECONDS)
 
     def _changes(self, file: OpenFile) -> Collection[str]:
@@ -549,7 +559,7 @@ class SqliteStore:
             self._reopened = False
             changed.update(self._tenants.copy().values())
         reader = self._reader
-        rows = self._read(lambda connection: _changed_rows(connection, reader, self._polled_version))
+        rows = self._read(lambda connection: _changed_rows(connection, reader, file.polled_version), file)
         latest: dict[int, int] = {}
         for name, version in rows:
             if type(version) is not int or not isinstance(name, bytes):
@@ -557,13 +567,13 @@ class SqliteStore:
             key = name.decode(errors="replace")
             index = file.versions.index(key)
             latest[index] = max(version, latest.get(index, 0))
-            if version > self._polled.get(key, 0):
-                self._polled[key] = version
+            if version > file.polled.get(key, 0):
+                file.polled[key] = version
                 tenant = self._tenants.get(key, key if self._own_keys is None else None)
                 if tenant is not None:
                     changed.add(tenant)
         for index, version in latest.items():
-            self._polled_version = max(self._polled_version, version)
+            file.polled_version = max(file.polled_version, version)
             if file.versions.words[index] != version:  # the process that committed it has died, or is about to publish
                 file.versions.invalidate(index)
         return changed
@@ -578,43 +588,34 @@ class SqliteStore:
 
     def append(self, event: Event) -> None:
         """Add a history row."""
+        self._write(lambda connection: self._insert(connection, event))
 
-        def insert(connection: sqlite3.Connection) -> _Outcome[None]:
-            self._insert(connection, event)
-            return _Outcome(None)
-
-        self._write(insert)
-
-    def _insert(self, connection: sqlite3.Connection, event: Event) -> None:
+    def _insert(self, connection: sqlite3.Connection, event: Event) -> _Outcome[None]:
         key = self._key(event.tenant) if event.tenant else ""
         row = (key, event.at.timestamp(), encode_event(event))
         last = connection.execute("INSERT INTO history (key, at, event) VALUES (?, ?, ?)", row).lastrowid or 0
         if last % PRUNE_EVERY == 0:
             oldest = self._clock.wall() - self._history_seconds
             connection.execute("DELETE FROM history WHERE id <= ? OR at < ?", (last - self._history_rows, oldest))
+        return _Outcome(None)
 
     def history(self, *, tenant: str | None = None, limit: int = 100, before: int | None = None) -> Sequence[Event]:
         """Return rows of history, newest first; rows that cannot be decoded are left out."""
-        key = None if tenant is None else self._key(tenant)
         oldest = self._clock.wall() - self._history_seconds
-        page = max(limit, HISTORY_PAGE)
+        end = MAX_ID if before is None else min(max(before, 0), MAX_ID)
+        given = (self._history_rows, end, oldest, *self._keys_of(tenant), min(limit, MAX_ID))
+        rows = self._read(lambda connection: connection.execute(_HISTORY, given).fetchall())
         events: list[Event] = []
-        while len(events) < limit:
-            rows = self._read(
-                partial(_history_rows, key=key, most=self._history_rows, oldest=oldest, before=before, limit=page)
-            )
-            for number, name, text in rows:
-                before = number
-                if key is None and not self._is_own(name):
-                    continue
-                with suppress(MalformedError):
-                    events.append(decode_event(text, number=number))
-            if len(rows) < page:
-                break
-        return tuple(events[:limit])
+        for number, text in rows:
+            with suppress(MalformedError):
+                events.append(decode_event(text, number=number))
+        return tuple(events)
 
-    def _is_own(self, key: object) -> bool:
-        return isinstance(key, bytes) and (self._own_keys is None or key.decode(errors="replace") in self._own_keys)
+    def _keys_of(self, tenant: str | None) -> tuple[str | None, str | None]:
+        """Return the keys that a statement lists, for its two marks: of one tenant, of this store, or None for all."""
+        keys = self._own_keys if tenant is None else [self._key(tenant)]
+        text = None if keys is None else json.dumps(keys)
+        return text, text
 
     def report(self, members: Sequence[Member]) -> None:
         """Store the heartbeats of this process, and forget those of members that are silent."""
@@ -630,18 +631,13 @@ class SqliteStore:
 
     def members(self, tenant: str | None = None) -> Sequence[Member]:
         """Return the heartbeats of all processes of the host; rows that cannot be decoded are left out."""
-        key, now = None if tenant is None else self._key(tenant), self._clock.monotonic()
-        rows = self._read(
-            lambda connection: connection.execute(
-                "SELECT key, at, member FROM members WHERE at > ? AND (? IS NULL OR key = ?) ORDER BY name, key",
-                (now - MEMBER_SECONDS, key, key),
-            ).fetchall()
-        )
-        members = []
-        for name, at, text in rows:
-            if (key is not None or self._is_own(name)) and isinstance(at, float):
-                with suppress(MalformedError):
-                    members.append(decode_member(text, seen_seconds=max(0.0, now - at)))
+        now = self._clock.monotonic()
+        given = (now - MEMBER_SECONDS, now + MEMBER_SECONDS, *self._keys_of(tenant))
+        rows = self._read(lambda connection: connection.execute(_MEMBERS, given).fetchall())
+        members: list[Member] = []
+        for at, text in rows:
+            with suppress(MalformedError):
+                members.append(decode_member(text, seen_seconds=max(0.0, now - at)))
         return tuple(members)
 
     # -- life -------------------------------------------------------------------------------------------------------
@@ -724,18 +720,6 @@ def _changed_rows(connection: sqlite3.Connection, reader: _Channel, since: int) 
     rows = connection.execute("SELECT key, version FROM entries WHERE version > ?", (since,)).fetchall()
     reader.data_version = data_version
     return rows
-
-
-def _history_rows(
-    connection: sqlite3.Connection, key: str | None, most: int, oldest: float, before: int | None, limit: int
-) -> Sequence[tuple[int, object, bytes]]:
-    (last,) = connection.execute("SELECT coalesce(max(id), 0) FROM history").fetchone()
-    statement = "SELECT id, key, event FROM history WHERE id > ? AND id < ? AND at >= ?"
-    given: list[object] = [last - most, last + 1 if before is None else before, oldest]
-    if key is not None:
-        statement += " AND key = ?"
-        given.append(key)
-    return connection.execute(f"{statement} ORDER BY id DESC LIMIT ?", (*given, limit)).fetchall()
 
 
 # -- forks ------------------------------------------------------------------------------------------------------------

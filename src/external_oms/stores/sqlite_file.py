@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -58,7 +58,6 @@ CREATE TABLE entries (key TEXT PRIMARY KEY, version INTEGER NOT NULL, entry TEXT
 CREATE TABLE delivery_ids (key TEXT, id BLOB, until REAL NOT NULL, PRIMARY KEY (key, id)) WITHOUT ROWID;
 CREATE INDEX delivery_ids_until ON delivery_ids (until);
 CREATE TABLE history (id INTEGER PRIMARY KEY AUTOINCREMENT, key TEXT NOT NULL, at REAL NOT NULL, event TEXT NOT NULL);
-CREATE INDEX history_key ON history (key, id);
 CREATE TABLE members (name TEXT, key TEXT, at REAL NOT NULL, member TEXT NOT NULL, PRIMARY KEY (name, key))
     WITHOUT ROWID;
 CREATE TABLE set_aside (key TEXT NOT NULL, at REAL NOT NULL, text BLOB)
@@ -89,25 +88,29 @@ class _OutdatedError(_UnusableError):
     """The file is of an earlier release: no sign of damage."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class OpenFile:
     """A state file that was found in order.
 
     Attributes:
         path: Where it is.
         inode: Device and inode of the database.
+        identity: 16 bytes that tell the database from every other.
         versions: The version table.
-        version: The version counter when the file was opened.
+        polled_version: The version counter up to which `poll` has looked; at first that of the opening.
         set_aside: What was set aside on the way, in sentences for people; mostly nothing.
         damaged: Whether something was set aside because of damage.
+        polled: Per storage key the version that `poll` need not report any more.
     """
 
     path: Path
     inode: tuple[int, int] | None
+    identity: bytes
     versions: VersionTable
-    version: int
+    polled_version: int
     set_aside: tuple[str, ...] = ()
     damaged: bool = False
+    polled: dict[str, int] = field(default_factory=dict)
 
     def connect(self, wait_seconds: float) -> sqlite3.Connection:
         """Open a connection that waits so long for locks.
@@ -117,19 +120,26 @@ class OpenFile:
         is fresh.
 
         Raises:
-            sqlite3.Error: It cannot be opened.
+            sqlite3.Error: It cannot be opened, or another file has its name.
         """
         connection = _connect(self.path, wait_seconds)
         try:
             connection.execute("PRAGMA synchronous = NORMAL")
+            # an inode is used again once the last connection to it is closed, so its number is not enough
+            if not self.has_its_name() or _service(connection)[0] != self.identity:
+                raise sqlite3.OperationalError("another file has its name")
         except sqlite3.Error:
             connection.close()
             raise
         return connection
 
+    def has_its_name(self) -> bool:
+        """Return whether the database still is the file at its path."""
+        return _inode(self.path) == self.inode
+
     def is_in_place(self) -> bool:
-        """Return whether the database and its version table still have their names."""
-        return _inode(self.path) == self.inode and self.versions.is_in_place(_beside(self.path, _VERSION_TABLE))
+        """Return whether the database and its version table still are the files at their paths."""
+        return self.has_its_name() and self.versions.is_in_place(_beside(self.path, _VERSION_TABLE))
 
 
 def _connect(path: Path, wait_seconds: float) -> sqlite3.Connection:
@@ -308,7 +318,7 @@ def open_file(path: Path, *, boot: str, clock: Clock, mountinfo: str, wait_secon
             damaged = True
             set_aside.append(_set_aside(path, f"{table} cannot be used: {reason}", clock, (_VERSION_TABLE,)))
             versions = VersionTable.create(table, identity)
-        return OpenFile(path, _inode(path), versions, version, tuple(set_aside), damaged)
+        return OpenFile(path, _inode(path), identity, versions, version, tuple(set_aside), damaged)
 
 
 @contextmanager
@@ -406,7 +416,11 @@ def _make_tables(connection: sqlite3.Connection) -> None:
 
 
 def _service(connection: sqlite3.Connection) -> tuple[bytes, object]:
-    """Return the identity of the database and the boot of its instants."""
+    """Return the identity of the database and the boot of its instants.
+
+    Raises:
+        sqlite3.Error: They cannot be read.
+    """
     rows = connection.execute("SELECT identity, boot FROM service").fetchall()
     try:
         ((text, boot),) = rows
