@@ -13,6 +13,7 @@ Counts follow from the code. Times follow from the measured costs of commands, a
 from __future__ import annotations
 
 import argparse
+import gc
 import logging
 import random
 import sys
@@ -46,7 +47,7 @@ TTL_SECONDS = 30.0
 BOUND_SECONDS = 5.0
 TIMEOUT_SECONDS = 5.0
 WINDOWS = Windows(TTL_SECONDS, 30.0, 3600.0)
-READ_SECONDS = (0.05, 0.15)
+READ_SECONDS = 0.1
 """How long the config API takes."""
 
 NETWORK_SECONDS = 0.00025
@@ -62,10 +63,20 @@ with two cores, over loopback. PUSH is one message to one subscriber."""
 PULL_MORE, REPORT_MORE = 4.4 / 1e6, 2.9 / 1e6
 """The same for each further tenant of a pull, whose commands are one pipeline, and of a heartbeat."""
 
+BROADCAST_SECONDS = 0.25
+"""The longest that one message to all members should keep Redis from other commands; a client waits for a second."""
+
 SMALL = (1, 10, 100)
 """Sizes that the tests print too."""
 
 SIZES = (*SMALL, 1_000, 10_000)
+
+MOST_AT_ONCE = 1_000
+"""The largest fleet whose members start in the same instant in the table. One Redis needs a second for the connections
+of 10,000 members alone, and a client waits no longer."""
+
+ROLLOUT_SECONDS = 10.0
+"""Within which time the members of a larger fleet start."""
 
 
 class Draws(Choices):
@@ -354,10 +365,31 @@ class CountedHandle(Handle):
 
         self._redis.send("connect", 2 * CONNECT, subscribed)  # one connection for commands, one for messages
 
+    @property
+    def has_changes(self) -> bool:
+        """Whether `poll` would return something."""
+        return bool(self._changed)
+
     def poll(self) -> Collection[str]:
         """Return what changed; asks nobody."""
         changed, self._changed = self._changed, set()
         return changed
+
+
+class CountedRunner(SimulatedRunner):
+    """A runner that leaves out polls that have nothing to do, which are most of them.
+
+    Attributes:
+        is_idle: Returns whether a poll has nothing to do.
+    """
+
+    is_idle: Callable[[], bool]
+
+    def _next_poll(self) -> None:
+        if self.is_idle():
+            self.world.call_at(self.world.now + (self.poll_seconds or 0.0), self._next_poll)
+        else:
+            super()._next_poll()
 
 
 # -- the fleet --------------------------------------------------------------------------------------------------------
@@ -385,8 +417,10 @@ class FleetMember(Process):
             background=fleet.background,
             waits_after_failure=False,
             max_waiters=3,
-            runner=lambda poll, poll_seconds: SimulatedRunner(world, self, clock, poll, poll_seconds),
+            runner=lambda poll, poll_seconds: CountedRunner(world, self, clock, poll, poll_seconds),
         )
+        assert isinstance(self.cache.runner, CountedRunner)
+        self.cache.runner.is_idle = lambda: store.health().ok and not (self.handle.has_changes or store._owed)
         self.heartbeat = Heartbeat(cache=self.cache, store=store, clock=clock, random=draw, name=lambda: f"m{number}")
 
 
@@ -424,7 +458,7 @@ class Fleet:
         self.reads += 1
         self.at_once += 1
         self.most_at_once = max(self.most_at_once, self.at_once)
-        self.world.sleep(READ_SECONDS[0] + (READ_SECONDS[1] - READ_SECONDS[0]) * self.world.choices.unit())
+        self.world.sleep(READ_SECONDS)
         self.at_once -= 1
         return Reading(Document(self.value, None), etag)
 
@@ -541,10 +575,10 @@ def delivery(fleet: Fleet, usual: Costs) -> Delivered:
 
 @dataclass(frozen=True)
 class Started:
-    """All members began in the same moment, and nothing was stored.
+    """All members began, and nothing was stored.
 
     Attributes:
-        costs: What the first ten seconds cost.
+        costs: What it cost until five seconds after the last start.
         last: When the last member had a value, in seconds.
     """
 
@@ -552,12 +586,12 @@ class Started:
     last: float
 
 
-def cold_start(size: int) -> Started:
-    """Start all members at once over an empty Redis."""
+def cold_start(size: int, *, over_seconds: float = 0.0) -> Started:
+    """Start all members over an empty Redis within so many seconds."""
     fleet = Fleet(size)
     began = fleet.world.now
-    fleet.start(over_seconds=0.0)
-    costs = fleet.measure(10.0)
+    fleet.start(over_seconds=over_seconds)
+    costs = fleet.measure(over_seconds + 5.0)
     assert len(fleet.first_seen) == size
     return Started(costs, max(fleet.first_seen.values()) - began)
 
@@ -593,9 +627,10 @@ def tables(sizes: Sequence[int] = SIZES) -> Iterator[str]:
             f"{size:,} | {told.costs.reads} | {_per(told.costs.commands, size)} | {_per(told.costs.messages, size)} | "
             f"{_milliseconds(told.answered)} | {_milliseconds(told.half)} | {_milliseconds(told.last)}"
         )
-        started = cold_start(size)
+        over_seconds = 0.0 if size <= MOST_AT_ONCE else ROLLOUT_SECONDS
+        started = cold_start(size, over_seconds=over_seconds)
         rows["cold start"].append(
-            f"{size:,} | {started.costs.reads} | {_per(started.costs.commands, size)} | "
+            f"{size:,} | {over_seconds:.0f} s | {started.costs.reads} | {_per(started.costs.commands, size)} | "
             f"{_per(started.costs.messages, size)} | {started.costs.counts['timeout']:,} | "
             f"{_milliseconds(started.last)}"
         )
@@ -612,7 +647,8 @@ def tables(sizes: Sequence[int] = SIZES) -> Iterator[str]:
     )
     yield _table(
         "cold start",
-        "members | reads | commands per member | messages per member | commands without an answer | all serve it",
+        "members | start within | reads | commands per member | messages per member | commands without an answer | "
+        "all serve it",
         rows["cold start"],
     )
 
@@ -628,9 +664,13 @@ def share(members: int, tenants: int, bound_seconds: float) -> float:
 
 
 def most_members(tenants: int, bound_seconds: float) -> int:
-    """Return how many members keep Redis at work for half of its time, to two digits."""
+    """Return how many members one Redis carries, to two digits.
+
+    Redis is then at work for half of its time, or sends one message for `BROADCAST_SECONDS`, whichever comes first.
+    """
     alone = share(0, tenants, bound_seconds)
     most = max(0.0, 0.5 - alone) / (share(1, tenants, bound_seconds) - alone)
+    most = min(most, BROADCAST_SECONDS / PUSH)
     digits = len(str(int(most))) - 2
     return int(most / 10**digits) * 10**digits if digits > 0 else int(most)
 
@@ -649,6 +689,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.simulation.costs", description=__doc__)
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="how many members")
     logging.disable(logging.CRITICAL)
+    gc.disable()  # a full collection of 10,000 members takes seconds
     for table in (*tables(parser.parse_args().sizes), ends()):
         print(f"{table}\n")
     return 0
