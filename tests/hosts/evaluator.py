@@ -30,9 +30,7 @@ def main() -> None:
     while not ended.wait(PAUSE_SECONDS):
         began = time.time()
         details = client.get_boolean_details(FLAG_KEY, default_value=False)
-        answers.add(
-            Answer.of(began, details.value, dict(details.flag_metadata), failed=details.error_code is not None)
-        )
+        answers.add(Answer.of(began, details.value, dict(details.flag_metadata), failed=details.error_code is not None))
     api.shutdown()
     print(json.dumps([astuple(answer) for answer in answers.kept]))
 
