@@ -25,7 +25,12 @@ def main() -> None:
     client = api.get_client()
     answers = Answers()
     ended = threading.Event()
-    threading.Thread(target=lambda: (sys.stdin.readline(), ended.set()), daemon=True).start()
+
+    def listen() -> None:
+        sys.stdin.readline()
+        ended.set()
+
+    threading.Thread(target=listen, daemon=True).start()
     print("ready", flush=True)
     while not ended.wait(PAUSE_SECONDS):
         began = time.time()

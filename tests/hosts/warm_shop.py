@@ -1,4 +1,4 @@
-"""The shop whose value is at hand before gunicorn forks its workers: what `--preload` with an evaluation makes of it."""
+"""The shop with its value at hand before gunicorn forks its workers: what `--preload` makes of an evaluation."""
 
 from __future__ import annotations
 
