@@ -146,6 +146,7 @@ def fill_disk(place: Place) -> None:
 @pytest.mark.timeout(180)
 def test_a_disk_that_is_full_for_a_while(disk: Path, tmp_path: Path) -> None:
     with placed("sqlite", tmp_path) as place:
+        place.bound_seconds = 1.0  # a process whose write was refused works alone, and looks every 25 ms
         place.rage(6.0, senders=20, fault=fill_disk)
 
 
