@@ -70,10 +70,10 @@ def test_a_process_that_finds_the_file_locked_waits_and_does_not_give_it_up(
     first = make(store=f"sqlite:///{file}", refresh="lazy")
     assert first.enabled() is False
     first.shutdown()
-    second = make(store=f"sqlite:///{file}", refresh="lazy")
     with closing(sqlite3.connect(file, isolation_level=None)) as other, ThreadPoolExecutor() as pool:
         other.execute("PRAGMA locking_mode = EXCLUSIVE")
         other.execute("BEGIN EXCLUSIVE")
+        second = make(store=f"sqlite:///{file}", refresh="lazy")
         evaluation = pool.submit(second.enabled)
         assert second.state().enabled is None, "this one meets the lock"
         other.execute("ROLLBACK")
