@@ -180,6 +180,27 @@ def test_where_the_store_can_be_read_and_not_written_it_is_not_taken_back(
     assert process.store.health().ok
 
 
+def test_an_invalidation_by_another_process_reaches_one_that_cannot_write_the_store_at_its_next_poll(
+    process: Process, clock: FakeClock
+) -> None:
+    """A full disk refuses the writes of one process and takes those of another a moment later."""
+    other = Process(clock, data=process.shared.data, holder="other")
+    process.read()
+    process.store.load(TENANT)
+    process.fail()
+    process.shared.fault = None
+    process.store.poll()
+    assert is_current(process.store.load(TENANT))
+    result, shared = other.invalidate()
+    assert shared
+    assert process.store.poll() == [TENANT]
+    assert not process.store.health().ok, "it still works alone"
+    entry = process.store.load(TENANT)
+    assert not is_current(entry)
+    assert entry.generation >= result.generation
+    assert process.store.poll() == [], "once"
+
+
 def test_a_transition_that_refuses_is_no_failure_of_the_store(process: Process) -> None:
     def refuses(entry: Entry, moment: object) -> object:
         raise LaggingAnswer("older than before")

@@ -550,7 +550,10 @@ class Cache:
 
     def _start(self) -> None:
         self._started = True
-        self._store.start()
+        if not self._closed:
+            self._store.start()
+            if self._closed:  # another thread did it meanwhile, and the thread of the store must not outlive that
+                self._store.close()  # type: ignore[unreachable]  # mypy knows of no other thread
         self.runner.start()
 
     def _sync_all(self) -> None:

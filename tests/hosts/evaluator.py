@@ -19,18 +19,18 @@ from tests.support.storms import Answer, Answers
 PAUSE_SECONDS = 0.002
 
 
-def _set_at_end_of_line(ended: threading.Event) -> None:
-    sys.stdin.readline()
-    ended.set()
-
-
 def main() -> None:
     """Evaluate, and print the answers."""
     api.set_provider_and_wait(ExternalOMSProvider())
     client = api.get_client()
     answers = Answers()
     ended = threading.Event()
-    threading.Thread(target=_set_at_end_of_line, args=(ended,), daemon=True).start()
+
+    def listen() -> None:
+        sys.stdin.readline()
+        ended.set()
+
+    threading.Thread(target=listen, daemon=True).start()
     print("ready", flush=True)
     while not ended.wait(PAUSE_SECONDS):
         began = time.time()

@@ -8,7 +8,7 @@ import signal
 import sqlite3
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,17 +68,16 @@ class Place:
 
 
 @contextmanager
-def placed(store: str, tmp_path: Path, *, directory: Path | None = None, workers: int = 4) -> Iterator[Place]:
+def placed(store: str, tmp_path: Path, *, workers: int = 4) -> Iterator[Place]:
     """A service over a store of that kind."""
     (tmp_path / "log").mkdir()
-    where = directory or tmp_path / "store"
     redis = RedisServer(tmp_path) if store == "redis" else None
     proxy = None
     try:
         if redis is not None:
             redis.start()
             proxy = RedisProxy(redis.port)
-        url = f"sqlite:///{where}/state.db" if proxy is None else proxy.url
+        url = f"sqlite:///{tmp_path}/store/state.db" if proxy is None else proxy.url
         bound = {"store_bound_seconds": str(BOUND_SECONDS["redis"])}
         with ConfigAPIEmulator([TENANT]) as api:
             environ = environment(api, store=url)
@@ -110,6 +109,70 @@ def test_two_hundred_senders_for_half_a_minute(store: str, tmp_path: Path) -> No
         place.rage(30.0, senders=200)
         assert place.storm.statuses[503] == 0, "no sender was kept waiting for long"
         assert not list(place.directory.rglob("*set-aside*"))
+
+
+# -- disks ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 16 MB in the place of the store: the log of SQLite takes up to 4 MB of it."""
+    if os.geteuid() != 0:
+        pytest.skip("only root may mount a file system of its own")
+    directory = tmp_path / "store"
+    directory.mkdir(mode=0o700)
+    mounting = ["mount", "-t", "tmpfs", "-o", "size=16m,mode=0700", "none", str(directory)]
+    if subprocess.run(mounting, check=False, capture_output=True).returncode != 0:
+        pytest.skip("this container may not mount a file system")
+    try:
+        yield directory
+    finally:
+        subprocess.run(["umount", str(directory)], check=True)
+
+
+def fill_disk(place: Place) -> None:
+    filler = place.state.parent / "filler"
+    with filler.open("wb", buffering=0) as file, suppress(OSError):
+        while file.write(b"x" * 4096):
+            pass
+    before = place.storm.statuses[503]
+    time.sleep(3.0)
+    assert place.storm.statuses[503] > before, "no delivery was refused, so the disk was not full"
+    filler.unlink()
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(180)
+def test_a_disk_that_is_full_for_a_while(disk: Path, tmp_path: Path) -> None:
+    with placed("sqlite", tmp_path) as place:
+        place.bound_seconds = 1.0  # a process whose write was refused works alone, and looks every 25 ms
+        place.rage(6.0, senders=20, fault=fill_disk)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(180)
+def test_a_service_that_starts_on_a_read_only_disk_serves_and_heals(disk: Path, tmp_path: Path) -> None:
+    with ConfigAPIEmulator([TENANT], enabled=True) as api:
+        store = f"sqlite:///{disk}/state.db"
+        for name in ("before", "while"):
+            (tmp_path / name).mkdir()
+        with served(api, tmp_path / "before", store=store) as server:
+            Storm(server).heals()
+        remount(disk, "ro")
+        with served(api, tmp_path / "while", store=store) as server:
+            storm = Storm(server)
+            status, answer = server.evaluate()
+            assert (status, answer["value"]) == (200, api.enabled())
+            with closing(server.connect()) as connection:
+                assert storm.deliver(connection) == 503
+            remount(disk, "rw")
+            storm.heals()
+            assert storm.wrong == []
+            assert "Traceback" not in server.printed()
+
+
+def remount(disk: Path, mode: str) -> None:
+    subprocess.run(["mount", "-o", f"remount,{mode}", str(disk)], check=True)
 
 
 # -- faults in a storm ------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import time
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -281,7 +281,7 @@ class Storm:
                 if before:
                     sent, late = latest_sent[before - 1], answer.last - bound_seconds - instants[before - 1]
                     assert answer.read + READ_SECONDS >= sent, (
-                        f"{answer} is fresh, though a delivery sent at {sent} was answered {late:.4f} s too early for it"
+                        f"{answer} is fresh, {late:.4f} s after all should know of a delivery sent at {sent}"
                     )
                 assert answer.enabled in self._possible(answer), f"{answer} is not what the origin says"
 
@@ -297,8 +297,10 @@ class Storm:
     def heals(self) -> None:
         """Wait until a flip that is delivered is what every worker answers, and the service calls itself ready."""
         self.flip()
-        connection = self.server.connect()
+        with closing(self.server.connect()) as connection:
+            self._heals(connection)
 
+    def _heals(self, connection: http.client.HTTPConnection) -> None:
         def taken() -> bool:
             try:
                 return self.deliver(connection) == 200

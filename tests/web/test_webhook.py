@@ -14,6 +14,7 @@ from external_oms import signature
 from external_oms.emulator import ConfigAPIEmulator, Fault
 from external_oms.errors import StoreBusy, StoreError
 from external_oms.web.problems import PROBLEM_TYPE
+from tests.support.redis import RedisServer
 from tests.support.stores import FaultyStore
 from tests.support.waiting import wait_until
 from tests.support.web import BEARER, HOOK, MALFORMED, OLD_SECRET, SECRET, TENANT, Server, StartServer, with_key
@@ -154,6 +155,29 @@ def test_a_delivery_that_the_shared_store_cannot_take_is_never_called_taken(
 
     def taken() -> TestResponse | None:
         answer = server.deliver(delivery_id="msg_down")
+        return answer if answer.status_code == 200 else None
+
+    again = wait_until(taken)
+    assert again.json is not None
+    assert (again.json["duplicate"], again.json["enabled"]) == (False, True)
+
+
+def test_a_delivery_while_redis_does_not_answer_is_refused_and_taken_when_it_does(
+    start: StartServer, redis_server: RedisServer
+) -> None:
+    server = start(store=redis_server.url, store_bound_seconds=1.0)
+    assert server.parts.provider.enabled() is False
+    server.api.set_enabled(TENANT, True)
+    redis_server.freeze()
+    try:
+        refused = server.deliver(delivery_id="msg_frozen")
+    finally:
+        redis_server.thaw()
+    assert (refused.status_code, refused.mimetype) == (503, PROBLEM_TYPE)
+    assert int(refused.headers["Retry-After"]) >= 1
+
+    def taken() -> TestResponse | None:
+        answer = server.deliver(delivery_id="msg_frozen")
         return answer if answer.status_code == 200 else None
 
     again = wait_until(taken)

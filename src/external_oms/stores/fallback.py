@@ -77,6 +77,8 @@ class Fallback:
         self._local: MemoryStore | None = None
         self._known: dict[str, Entry] = {}
         self._owed: dict[str, int] = {}
+        self._words: dict[str, int] = {}  # of the shared store, as `_follow_others` saw them last
+        self._is_readable = True
         self._problem = ""
         self._retry_at = 0.0
         self._retries = 0
@@ -221,7 +223,7 @@ class Fallback:
         with self._lock:
             if self._local is not None:
                 return self._local
-            self._retries = 0
+            self._retries, self._words, self._is_readable = 0, {}, True
             self._retry_at = self._clock.monotonic() + FIRST_RETRY_SECONDS * (1 + self._random())
             self._problem = str(error) if isinstance(error, StoreError) else f"unexpected {type(error).__name__}"
             entries = {
@@ -254,8 +256,10 @@ class Fallback:
         local = self._local
         if local is not None:
             now = self._clock.monotonic()
-            if now < self._retry_at:
-                return ()
+            is_due = now >= self._retry_at
+            followed = self._follow_others(local) if is_due or self._is_readable else ()
+            if not is_due:
+                return followed
             try:
                 self._shared.poll()
                 self._probe()
@@ -263,7 +267,7 @@ class Fallback:
                 self._retries += 1
                 pause = min(LAST_RETRY_SECONDS, FIRST_RETRY_SECONDS * 2.0 ** min(self._retries, 10))
                 self._retry_at = now + pause * (1 + self._random())
-                return ()
+                return followed
             self._recover(local)
             return tuple(self._known)
         try:
@@ -274,6 +278,29 @@ class Fallback:
             self._degrade(error)
             return tuple(self._known)
         return (*changed, *self._repay()) if self._owed else changed
+
+    def _follow_others(self, local: MemoryStore) -> Collection[str]:
+        """Take over the invalidations of other processes while this one works alone; return the tenants concerned.
+
+        A store that this process cannot write, as when the disk is full, may still be read, and written by others.
+        """
+        followed: list[str] = []
+        for tenant, known in self._known.copy().items():
+            try:
+                versions, place = self._shared.version_ref(tenant)
+                word = versions[place]
+                if self._words.get(tenant) == word:
+                    continue
+                generation = self._shared.load(tenant).generation
+            except Exception:  # noqa: BLE001 - as in `load`
+                self._is_readable = False  # until the store is tried again
+                return followed
+            self._words[tenant] = word
+            if generation > known.generation and self._local is local:
+                self._follow(tenant, generation)
+                followed.append(tenant)
+        self._is_readable = True
+        return followed
 
     def _probe(self) -> None:
         """Write an entry as it is: a store that can be read may refuse to be written, as when its disk is full.
