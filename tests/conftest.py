@@ -16,6 +16,7 @@ from external_oms.settings import ENV_PREFIX
 from tests.support.clock import FakeClock
 from tests.support.redis import RedisServer
 from tests.support.requirements import require_chromium, require_node
+from tests.support.waiting import PATIENCE_SECONDS
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
@@ -56,8 +57,9 @@ def redis_server(tmp_path: Path) -> Iterator[RedisServer]:
 def browser() -> Iterator[Browser]:
     """Chromium."""
     chromium = require_chromium()
-    from playwright.sync_api import sync_playwright
+    from playwright.sync_api import expect, sync_playwright
 
+    expect.set_options(timeout=1000 * PATIENCE_SECONDS)
     with sync_playwright() as playwright:
         opened = playwright.chromium.launch(executable_path=chromium, args=BROWSER_OPTIONS)
         yield opened
@@ -118,7 +120,8 @@ def pytest_make_collect_report(
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    if (file := config.getoption("--skips-to")) is not None:
+    file = config.getoption("--skips-to")
+    if file is not None and not hasattr(config, "workerinput"):  # of several processes, the one that knows all reports
         reasons = Counter(_reason(report) for report in terminalreporter.stats.get("skipped", []))
         with Path(file).open("a", encoding="utf-8") as out:
-            out.writelines(f"{count} {'test' if count == 1 else 'tests'}: {why}\n" for why, count in reasons.items())
+            out.writelines(f"{count} {'test' if count == 1 else 'tests'} ({why})\n" for why, count in reasons.items())

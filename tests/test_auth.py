@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -23,6 +22,7 @@ from external_oms.emulator import ConfigAPIEmulator, Fault
 from external_oms.errors import RateLimited, ReadError, TokenError, Unavailable
 from tests.support.clock import FakeClock
 from tests.support.hostile import Hostile, Line
+from tests.support.waiting import PATIENCE_SECONDS, wait_until
 
 SECRET = "cl1ent-secret-do-not-print"
 
@@ -315,8 +315,7 @@ def test_a_renewal_that_hangs_leaves_half_of_the_deadline_to_the_read() -> None:
         source = _of(api, SYSTEM_CLOCK, timeout_seconds=1)
         first = source.token()
         assert source._cached is not None
-        while source._cached.renew_at > SYSTEM_CLOCK.monotonic():
-            threading.Event().wait(0.01)
+        wait_until(lambda: source._cached is None or source._cached.renew_at <= SYSTEM_CLOCK.monotonic())
         api.fault("acme", Fault(delay_seconds=30, where="token"))
         began = time.monotonic()
         assert source.token() == first
@@ -330,29 +329,43 @@ def test_a_caller_with_a_valid_token_does_not_wait_for_its_renewal(api: ConfigAP
     api.fault("acme", Fault(delay_seconds=30, where="token"))
     with ThreadPoolExecutor(1) as pool:
         renewing = pool.submit(source.token)
-        while len(api.seen("acme")) < 2:
-            threading.Event().wait(0.005)
+        wait_until(lambda: len(api.seen("acme")) == 2)
         assert source.token() == first
         assert not renewing.done()
         source.abort()
-        assert renewing.result(5) == first
+        assert renewing.result(PATIENCE_SECONDS) == first
 
 
 @pytest.mark.parametrize("status", [None, 500])
 def test_one_request_serves_all_callers_that_wait_or_fails_them_all(api: ConfigAPIEmulator, status: int | None) -> None:
-    source = _of(api, SYSTEM_CLOCK)
-    api.fault("acme", Fault(delay_seconds=0.3, where="token", status=status))
-    barrier = threading.Barrier(30)
+    source = _of(api, SYSTEM_CLOCK, timeout_seconds=30)
+    api.fault("acme", Fault(delay_seconds=60, where="token", status=status))
+    asked: list[None] = []
+    lock = source._renewing
+
+    class Counted:
+        """The lock of the renewal, which counts who asks for it."""
+
+        def acquire(self, *given: float, **named: float) -> bool:
+            asked.append(None)
+            return lock.acquire(*given, **named)  # type: ignore[arg-type]  # passed on as they are
+
+        def release(self) -> None:
+            lock.release()
+
+    source._renewing = Counted()  # type: ignore[assignment]  # what is used of a lock
 
     def ask() -> str | ReadError:
-        barrier.wait()
         try:
             return source.token()
         except Unavailable as error:
             return error
 
     with ThreadPoolExecutor(30) as pool:
-        told = [future.result(10) for future in [pool.submit(ask) for _ in range(30)]]
+        asking = [pool.submit(ask) for _ in range(30)]
+        wait_until(lambda: len(asked) >= 30 and api.seen("acme"))  # one asks, and all others wait
+        api.stop()  # lets go what is held back
+        told = [future.result(PATIENCE_SECONDS) for future in asking]
     assert len(api.seen("acme")) == 1
     assert len({str(outcome) for outcome in told}) == 1
     if status is not None:
@@ -365,13 +378,12 @@ def test_a_caller_waits_for_another_ones_request_until_its_own_deadline(api: Con
     api.fault("acme", Fault(delay_seconds=30, where="token"))
     with ThreadPoolExecutor(1) as pool:
         renewing = pool.submit(source.token)
-        while not api.seen("acme"):
-            threading.Event().wait(0.005)
+        wait_until(lambda: api.seen("acme"))
         with pytest.raises(Unavailable, match="another caller's request"):
             source.token(deadline=SYSTEM_CLOCK.monotonic() + 0.1)
         source.abort()
         with pytest.raises(Unavailable, match="aborted"):
-            renewing.result(5)
+            renewing.result(PATIENCE_SECONDS)
     assert source.token()
 
 
@@ -455,8 +467,7 @@ def test_a_child_keeps_a_valid_token_though_the_parent_was_renewing(api: ConfigA
     api.fault("acme", Fault(delay_seconds=30, where="token"))
     with ThreadPoolExecutor(1) as pool:
         renewing = pool.submit(source.token)
-        while len(api.seen("acme")) < 2:
-            threading.Event().wait(0.005)
+        wait_until(lambda: len(api.seen("acme")) == 2)
         assert source._renewing.locked()  # the worst moment
         child = os.fork()
         if child == 0:
@@ -466,7 +477,7 @@ def test_a_child_keeps_a_valid_token_though_the_parent_was_renewing(api: ConfigA
             os._exit(0 if kept and renewed != first else 1)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
         source.abort()
-        assert renewing.result(5) == first
+        assert renewing.result(PATIENCE_SECONDS) == first
 
 
 def test_no_oauth_library_is_needed() -> None:

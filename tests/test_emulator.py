@@ -21,6 +21,7 @@ from external_oms.emulated import Malformed
 from external_oms.emulator import ConfigAPIEmulator, Fault
 from external_oms.errors import MalformedAnswer
 from external_oms.testing import sign_delivery
+from tests.support.waiting import PATIENCE_SECONDS, wait_until
 
 PATH = "/v0/config/external_oms"
 
@@ -48,7 +49,7 @@ def _ask(method: str, url: str, body: object = None, **headers: str) -> Told:
     named = {name.replace("_", "-"): value for name, value in headers.items()}
     request = urllib.request.Request(url, raw, {"Content-Type": kind, **named}, method=method)
     try:
-        with urllib.request.build_opener(_NoRedirect).open(request, timeout=10) as answer:
+        with urllib.request.build_opener(_NoRedirect).open(request, timeout=PATIENCE_SECONDS) as answer:
             return Told(answer.status, answer.headers, answer.read())
     except urllib.error.HTTPError as error:
         with error:
@@ -257,18 +258,15 @@ def test_a_malformed_answer_is_200_and_no_document(api: ConfigAPIEmulator, kind:
 
 
 def test_a_delayed_answer_tells_the_value_of_before(api: ConfigAPIEmulator) -> None:
-    api.fault("acme", Fault(delay_seconds=30))
+    api.fault("acme", Fault(delay_seconds=2 * PATIENCE_SECONDS))
     told: list[Told] = []
     thread = threading.Thread(target=lambda: told.append(_read(api)))
     thread.start()
-    while api.reads("acme") == 0:
-        threading.Event().wait(0.005)
+    wait_until(lambda: api.reads("acme"))
     api.set_enabled("acme", True)
     assert _read(api).json["value"] == {"enabled": True}  # another one goes through meanwhile
-    began = time.monotonic()
     api.stop()  # lets go what is held back
-    thread.join(5)
-    assert time.monotonic() - began < 5
+    thread.join()
     assert told[0].json["value"] == {"enabled": False}
 
 
@@ -420,7 +418,8 @@ def test_a_bad_command_is_refused(api: ConfigAPIEmulator, method: str, path: str
 
 def test_a_signed_delivery_has_an_id_of_its_own_and_the_moment_of_now() -> None:
     secret = "whsec_" + base64.b64encode(b"k" * 32).decode()
+    before = int(time.time())
     one, two = sign_delivery("{}", secret), sign_delivery(b"{}", secret, at=5.9, delivery_id="msg_2")
-    assert abs(int(one["webhook-timestamp"]) - time.time()) < 5
+    assert before <= int(one["webhook-timestamp"]) <= time.time()
     assert one["webhook-id"].startswith("msg_")
     assert (two["webhook-id"], two["webhook-timestamp"], two["content-type"]) == ("msg_2", "5", "application/json")

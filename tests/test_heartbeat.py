@@ -98,7 +98,7 @@ def test_a_change_is_reported_within_a_second_and_mere_time_every_ten(process: P
     process.hand.advance(2.0)
     process.hand.advance(2 * MAX_INTERVAL_SECONDS)
     before = len(process.times)
-    assert before == 4, "two as it began, and two in twenty seconds"
+    assert before == 3, "one as it began, and two in twenty seconds"
     process.source.says = False
     process.cache.refresh(TENANT)
     process.hand.advance(MIN_INTERVAL_SECONDS)

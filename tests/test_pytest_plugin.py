@@ -160,9 +160,7 @@ USERS_TESTS = """
 
 
 # The plugins of this repository's own tests, which a user need not have and which cost seconds to import.
-QUICK = [
-    option for name in ("schemathesis", "hypothesispytest", "benchmark", "anyio") for option in ("-p", f"no:{name}")
-]
+QUICK = [option for name in ("schemathesis", "hypothesispytest", "anyio") for option in ("-p", f"no:{name}")]
 
 
 @pytest.mark.timeout(180)

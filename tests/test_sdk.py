@@ -35,7 +35,7 @@ def in_a_child(work: Callable[[], bool]) -> bool:
 
 @pytest.fixture
 def provider(external_oms_api: ConfigAPIEmulator) -> Iterator[ExternalOMSProvider]:
-    yield ExternalOMSProvider(external_oms_api.settings())
+    yield ExternalOMSProvider(external_oms_api.settings(timeout_seconds=30.0))
     api.shutdown()
 
 
@@ -128,9 +128,9 @@ def test_an_initialization_under_way_at_the_fork_ends_in_the_child(
     answers: bool, provider: ExternalOMSProvider, external_oms_api: ConfigAPIEmulator
 ) -> None:
     external_oms_api.set_enabled(None, True)
-    external_oms_api.fault(
-        None, Fault(delay_seconds=1.0) if answers else Fault(delay_seconds=1.0, status=500, times=None)
-    )
+    external_oms_api.fault(None, Fault(delay_seconds=60.0))  # the parent's read is under way for as long as the test
+    if not answers:
+        external_oms_api.fault(None, Fault(status=500, times=None))
     api.set_provider(provider)
     wait_until(lambda: external_oms_api.reads() > 0)
     client = api.get_client()

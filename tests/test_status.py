@@ -48,7 +48,7 @@ BY_STATUS = {TenantStatus.READY: READY, TenantStatus.STALE: STALE, TenantStatus.
         (Freshness.EXPIRED, True, False, TenantStatus.ERROR),
     ],
 )
-def test_the_table_of_standings(freshness: Freshness, failed: bool, known: bool, status: TenantStatus | None) -> None:
+def test_the_table_of_statuses(freshness: Freshness, failed: bool, known: bool, status: TenantStatus | None) -> None:
     given_evaluation = evaluation(freshness, failed=failure() if failed else None, known=SNAPSHOT if known else None)
     assert status_of(given_evaluation) is status
 

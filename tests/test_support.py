@@ -43,10 +43,12 @@ def suite(pytester: pytest.Pytester) -> pytest.Pytester:
     return pytester
 
 
-def test_a_skip_is_a_skip_without_the_option_and_is_reported(suite: pytest.Pytester) -> None:
-    suite.runpytest("-p", "no:cacheprovider", "--skips-to", "not-run").assert_outcomes(passed=1, skipped=2, xfailed=1)
+@pytest.mark.parametrize("processes", ["0", "1"])
+def test_a_skip_is_a_skip_without_the_option_and_is_reported_once(suite: pytest.Pytester, processes: str) -> None:
+    result = suite.runpytest("-p", "no:cacheprovider", "--skips-to", "not-run", "-n", processes)
+    result.assert_outcomes(passed=1, skipped=2, xfailed=1)
     reported = (suite.path / "not-run").read_text(encoding="utf-8").splitlines()
-    assert sorted(reported) == ["1 test: marked", "1 test: no redis-server on the PATH"]
+    assert sorted(reported) == ["1 test (marked)", "1 test (no redis-server on the PATH)"]
 
 
 def test_a_skip_is_a_failure_with_the_option_and_its_reason_is_told(suite: pytest.Pytester) -> None:

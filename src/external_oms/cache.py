@@ -275,11 +275,11 @@ class Cache:
         evaluation = self._evaluate(state)
         entry = evaluation.entry
         if evaluation.freshness is Freshness.FRESH or retry_at(entry) > self._clock.monotonic():
-            self._plan(state, entry)
+            self._plan(state)
             return evaluation, None
         answered = evaluation.servable is not None or (entry.failure is not None and not self._waits_after_failure)
         if answered and self._background:
-            self._plan(state, entry)
+            self._plan(state)
             return evaluation, None
         flight = self._join(state, generation=entry.generation, newer_than=last_token(entry))
         return evaluation, None if answered else flight
@@ -311,9 +311,11 @@ class Cache:
             failing=failing,
         )
         published = state.published
-        if not failing and (
-            published is None or published.entry is not entry or published.freshness is not evaluation.freshness
-        ):
+        if published is None:
+            changed = entry.snapshot is not None or entry.failure is not None
+        else:
+            changed = published.entry is not entry or published.freshness is not evaluation.freshness
+        if changed and not failing:
             self._publish(state, evaluation)
         return evaluation
 
@@ -501,13 +503,15 @@ class Cache:
 
     def _sync(self, state: _Tenant) -> None:
         """Publish the entry as it stands, and plan its next refresh."""
-        self._plan(state, self._evaluate(state).entry)
+        self._evaluate(state)
+        self._plan(state)
 
-    def _plan(self, state: _Tenant, entry: Entry) -> None:
-        """Plan the next refresh of an entry, once: every draw of the jitter would bring it forward a little."""
-        if not self._background or state.planned is entry:
+    def _plan(self, state: _Tenant) -> None:
+        """Plan the next refresh of the entry at hand, once: each draw of the jitter would bring it forward a little."""
+        if not self._background or state.planned is state.loaded.entry:
             return
         with state.lock:
+            entry = state.loaded.entry
             if state.planned is entry:
                 return
             state.planned = entry
@@ -535,7 +539,7 @@ class Cache:
             state.refreshed_at = self._clock.monotonic()
             self._join(state, generation=entry.generation, newer_than=last_token(entry))
         else:
-            self._plan(state, entry)
+            self._plan(state)
 
     # -- life -------------------------------------------------------------------------------------------------------
 

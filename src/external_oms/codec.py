@@ -258,9 +258,12 @@ def _refuse_constant(name: str) -> float:
     raise MalformedError(f"{name} is not a number")
 
 
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
+
+
 def _object(text: str | bytes) -> Mapping[str, Any]:
     try:
-        found = json.loads(text, parse_constant=_refuse_constant)
+        found = _DECODER.decode(text if isinstance(text, str) else text.decode())
     except (ValueError, RecursionError) as error:
         raise MalformedError("the text is not JSON") from error
     if not isinstance(found, dict):

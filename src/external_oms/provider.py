@@ -7,7 +7,6 @@ import os
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import NoReturn
 
 import requests
@@ -176,19 +175,12 @@ class ExternalOMSProvider(AbstractProvider):
         if details is None:
             return expired_details(evaluation, self._when_expired, self._cache.failure(evaluation))
         if evaluation.freshness is Freshness.FRESH and not self._shut:
-            cached = self._as_cached(evaluation, details)
+            cached = details.as_cached() if evaluation.source is Source.API else details
             hot = (*self._cache.validity(evaluation), cached)
             self._hot[evaluation.tenant] = hot
             if len(self._cache.tenants) == 1:
                 self._hot[None] = hot
         return details
-
-    @staticmethod
-    def _as_cached(evaluation: Evaluation, details: SharedDetails) -> SharedDetails:
-        """Return the details as the next evaluations get them: read by this process, and not for them."""
-        if evaluation.source is not Source.API:
-            return details
-        return details_of(replace(evaluation, source=Source.MEMORY)) or details
 
     def resolve_string_details(
         self,

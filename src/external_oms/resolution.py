@@ -60,6 +60,11 @@ class SharedDetails(FlagResolutionDetails[bool]):
 
     _metadata: dict[str, bool | int | float | str]
 
+    def as_cached(self) -> SharedDetails:
+        """Return the details as later evaluations get them: read by this process, and not for them."""
+        metadata = self._metadata | {"source": str(Source.MEMORY)}
+        return SharedDetails(self.value, reason=Reason.CACHED, variant=self.variant, flag_metadata=metadata)
+
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"these details are shared by many evaluations; use dataclasses.replace to change {name}")
 

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
+from operator import itemgetter
 from typing import Any, Protocol
 
 from external_oms.clock import Clock
@@ -177,19 +178,21 @@ class Scheduler:
                 if pool.closing:
                     return
                 now = self._clock.monotonic()
-                keys = sorted((key for key, due in pool.due.items() if due[0] <= now), key=lambda key: pool.due[key][0])
-                ready = [pool.due.pop(key)[1] for key in keys]
-                if pool.poll_now or (self._poll_seconds is not None and now >= next_poll):
+                ready: list[tuple[float, Callable[[], None]]] = []
+                wake_at = next_poll if self._poll_seconds is not None else float("inf")
+                for key, due in tuple(pool.due.items()):
+                    if due[0] <= now:
+                        ready.append(pool.due.pop(key))
+                    else:
+                        wake_at = min(wake_at, due[0])
+                ready.sort(key=itemgetter(0))
+                if pool.poll_now or now >= wake_at:
                     pool.poll_now = False
                     next_poll = now + (self._poll_seconds or 0.0)
-                    ready.append(self._poll)
-                if not ready:
-                    instants = [due[0] for due in pool.due.values()]
-                    if self._poll_seconds is not None:
-                        instants.append(next_poll)
-                    # a lifetime may be longer than the system can wait for
-                    pool.wakeup.wait(min(min(instants) - now, threading.TIMEOUT_MAX) if instants else None)
-            for job in ready:
+                    ready.append((now, self._poll))
+                if not ready:  # a lifetime may be longer than the system can wait for
+                    pool.wakeup.wait(min(wake_at - now, threading.TIMEOUT_MAX))
+            for _, job in ready:
                 _run(job)
 
     def after_fork(self) -> None:

@@ -32,7 +32,7 @@ from urllib.parse import urlsplit
 import requests
 from requests.adapters import HTTPAdapter
 from urllib3.connection import HTTPConnection, HTTPSConnection
-from urllib3.exceptions import NameResolutionError, NewConnectionError
+from urllib3.exceptions import NameResolutionError, NewConnectionError, ReadTimeoutError
 from urllib3.util.ssl_ import create_urllib3_context
 
 from external_oms.clock import Clock
@@ -126,7 +126,9 @@ class Deadline:
 
     def error(self, cause: Exception, otherwise: str) -> Unavailable:
         """Return the error for a request that failed: why the deadline ended, or else the given text."""
-        if isinstance(cause, requests.Timeout | TimeoutError):
+        # in the middle of a body, requests reports a timeout as a ConnectionError that holds urllib3's error
+        inner = next(iter(cause.args), None)
+        if isinstance(cause, requests.Timeout | TimeoutError) or isinstance(inner, ReadTimeoutError):
             self.abort()
         return Unavailable(f"{self._subject}: {self._reason or otherwise}")
 
@@ -148,7 +150,7 @@ _DEADLINE: ContextVar[Deadline] = ContextVar("deadline")
 class Transport:
     """Sends requests, over a session of its own or over the application's.
 
-    Its own session is made once, and anew in a forked child. It obeys proxies and CA bundles as requests does
+    Its own session is made at first use, and anew in a forked child. It obeys proxies and CA bundles as requests does
     (`HTTPS_PROXY`, `REQUESTS_CA_BUNDLE`). Each request has a new connection: reads are half a minute apart, so that an
     open one is as often dead as alive. Only the system's name resolver keeps its own time limit.
 
@@ -167,7 +169,7 @@ class Transport:
 
     def __init__(self, session: requests.Session | None, *, subject: str, url_setting: str, clock: Clock) -> None:
         self._own = session is None
-        self._session = _own_session() if session is None else session
+        self._session = session
         self._subject = subject
         self._url_setting = url_setting
         self._clock = clock
@@ -199,8 +201,8 @@ class Transport:
         """Replace locks and connections in a forked child, without shutting down what the parent may still use."""
         self._lock = threading.Lock()
         self._deadlines = set()
-        if self._own:
-            self._session = _own_session()
+        if self._own or self._session is None:
+            self._session = None
             return
         for adapter in self._session.adapters.values():
             if isinstance(adapter, HTTPAdapter):
@@ -233,6 +235,8 @@ class Transport:
         deadline.sent = False
         bound = _DEADLINE.set(deadline)
         try:
+            if self._session is None:  # not before it is used: a forked child of a thousand tenants uses few at once
+                self._session = _own_session()
             with _without_cookies(self._session).request(
                 method,
                 url,

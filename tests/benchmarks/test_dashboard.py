@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import threading
+import timeit
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,9 +16,11 @@ from urllib.parse import urlencode
 import pytest
 
 from external_oms.testing import ConfigAPIEmulator
+from external_oms.web import create_app
 from tests.benchmarks.load import Load, load, request_for
+from tests.support.pages import open_browser
 from tests.support.servers import FLAG_PATH, Served, served
-from tests.support.web import KEYS, TENANT
+from tests.support.web import ENTRIES, KEYS, SECRET, TENANT
 
 ONE = request_for("POST", FLAG_PATH, KEYS["viewer"], b'{"context":{"targetingKey":"order-17"}}')
 PAGES = 50
@@ -72,6 +75,17 @@ def test_50_open_pages_cost_evaluations_nothing_that_can_be_measured(tmp_path: P
     ratio = best(taken[True]).per_second / best(taken[False]).per_second
     print(f"\nalone           {best(taken[False])}\nbeside {PAGES} pages {best(taken[True])}\nratio {ratio:.3f}")
     assert ratio >= 0.9
+
+
+def test_a_page_of_a_thousand_tenants_is_made_in_a_tenth_of_a_second() -> None:
+    names = [f"shop-{number:04d}" for number in range(1000)]
+    with ConfigAPIEmulator(names) as api:
+        app = create_app(api.settings(*names, refresh="lazy", api_keys=ENTRIES, webhook_secrets=[SECRET]))
+        browser = open_browser(app.test_client(), "viewer")
+        page, parts = (min(timeit.repeat(lambda: browser.get(path), number=1)) for path in ("/", "/?parts=1"))  # noqa: B023 - called at once
+        app.extensions["external_oms"].provider.shutdown()
+    print(f"\n1000 tenants: the page {page * 1000:.0f} ms, what it asks for again {parts * 1000:.0f} ms")
+    assert max(page, parts) < 0.5, "five times what is promised"
 
 
 @pytest.mark.timeout(120)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import pytest
@@ -11,40 +10,44 @@ from openfeature.flag_evaluation import Reason
 from openfeature.provider import ProviderStatus
 
 from external_oms import FLAG_KEY, ExternalOMSProvider, Settings
+from external_oms.clock import SystemClock
 from external_oms.testing import ConfigAPIEmulator, Fault
+from tests.support.clock import SkipClock
 from tests.support.waiting import wait_until
 
 
 @pytest.fixture
 def settings(external_oms_api: ConfigAPIEmulator, tmp_path: Path) -> Settings:
-    return external_oms_api.settings(
-        store=f"sqlite:///{tmp_path / 'state' / 'state.db'}", ttl_seconds=0.5, timeout_seconds=0.5
-    )
+    return external_oms_api.settings(store=f"sqlite:///{tmp_path / 'state' / 'state.db'}", timeout_seconds=20.0)
 
 
 def test_a_start_with_a_dead_api_serves_the_stored_value_as_stale_at_once_and_recovers(
-    external_oms_api: ConfigAPIEmulator, settings: Settings
+    external_oms_api: ConfigAPIEmulator, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tenant = settings.tenant or ""
     external_oms_api.set_enabled(tenant, True)
     first = ExternalOMSProvider(settings)
     assert first.enabled()
     first.shutdown()
-    external_oms_api.fault(tenant, Fault(status=503))
-    time.sleep(0.6)  # the stored value's lifetime, half a second, by the real clock that the file is stamped with
+    external_oms_api.fault(tenant, Fault(status=503, delay_seconds=60.0, times=None))
+    clock = SkipClock()
+    clock.skip(31)  # the stored value's lifetime is half a minute
+    monkeypatch.setattr(SystemClock, "monotonic", lambda _: clock.monotonic())
     second = ExternalOMSProvider(settings)
     client = openfeature.get_client("last-value")
     try:
-        began = time.monotonic()
         openfeature.set_provider_and_wait(second, "last-value")
         details = client.get_boolean_details(FLAG_KEY, default_value=False)
-        assert time.monotonic() - began < 0.5
+        assert client.get_provider_status() is ProviderStatus.READY, "no read has failed yet: the API keeps it waiting"
         assert details.value is True
         assert details.reason == Reason.STALE
         assert details.flag_metadata["source"] == "store"
         assert details.flag_metadata["stale"] is True
+        wait_until(lambda: external_oms_api.reads(tenant) == 2)
+        external_oms_api.stop()  # lets go what is held back
         wait_until(lambda: client.get_provider_status() is ProviderStatus.STALE)
         external_oms_api.clear(tenant)
+        external_oms_api.start()
         wait_until(lambda: client.get_provider_status() is ProviderStatus.READY)
         assert client.get_boolean_details(FLAG_KEY, default_value=False).reason in {Reason.CACHED, Reason.STATIC}
     finally:
@@ -55,7 +58,7 @@ def test_a_start_with_a_dead_api_and_nothing_stored_raises_and_becomes_ready_by_
     external_oms_api: ConfigAPIEmulator, settings: Settings
 ) -> None:
     tenant = settings.tenant or ""
-    external_oms_api.fault(tenant, Fault(status=500))
+    external_oms_api.fault(tenant, Fault(status=500, times=None))
     client = openfeature.get_client("first-value")
     try:
         with pytest.raises(Exception, match="500"):

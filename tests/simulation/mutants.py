@@ -85,7 +85,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("stale-if-error has no end", "policy", "    if failing and stale_for_seconds < windows.stale_if_error_seconds:", "    if failing:"),
     Mutant("evaluations wait though a value may be served", "cache", "        answered = evaluation.servable is not None or (", "        answered = ("),
     Mutant("evaluations wait though a failure is known", "cache", "(entry.failure is not None and not self._waits_after_failure)", "False"),
-    Mutant("the version is remembered after the load", "cache", "        now_at = self._store.version_ref(state.tenant)\n", "        now_at = self._store.version_ref(state.tenant)\n        version = versions[index]\n"),
+    Mutant("the version is remembered after the load", "cache", "        entry = self._store.load(state.tenant)\n", "        entry = self._store.load(state.tenant)\n        version = versions[place]\n"),
     Mutant("a forked child does not follow the store", "cache", "        if self._started and not self._closed:", "        if False:"),
     Mutant("a forked child waits for the flight of its parent", "cache", "        self._states = {tenant: _Tenant(tenant) for tenant in known}\n", ""),
     Mutant("a forced read takes an older result", "singleflight", "    if forced:\n        newer_than = NO_STORED_RESULT\n", ""),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
 from typing import TypeVar
 
 from external_oms.codec import decode_entry, encode_entry
@@ -18,6 +19,9 @@ from external_oms.stores.base import Health
 from tests.simulation.world import Process, SimulatedClock, World
 
 T = TypeVar("T")
+
+_decode = lru_cache(maxsize=4096)(decode_entry)
+"""Each text is decoded once: an entry is a value."""
 
 LATENCY_SECONDS = 0.002
 """The longest that a command takes without a fault."""
@@ -85,7 +89,7 @@ class Server:
     def entry(self, tenant: str) -> Entry:
         """Return the entry of a tenant, in the server's time."""
         text = self.row(tenant).text
-        return decode_entry(text) if text else Entry()
+        return _decode(text) if text else Entry()
 
     def remember(self) -> None:
         """Keep the present state, for `rewind`."""
@@ -113,7 +117,7 @@ class Server:
             if handle is not sender and handle._owner.alive and not self.deaf and not handle.cut_off:
                 self.messages += 1
                 delay = LATENCY_SECONDS * (1 + self.world.choices.below(4))
-                self.world.call_at(self.world.now + delay, lambda handle=handle: handle.hear(tenant))
+                self.world.call_at(self.world.now + delay, partial(handle.hear, tenant))
 
 
 class Handle:
@@ -241,7 +245,7 @@ class Handle:
             else:
                 self._adopt(tenant, row.version, change.entry)
                 server.publish(tenant, self)
-                if not server.healing and server.world.choices.chance(2):
+                if not server.healing and server.world.choices.chance(4):
                     server.on_fault()
                     raise StoreError("the answer of the simulated store was lost")
             return change.result

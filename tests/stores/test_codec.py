@@ -25,8 +25,8 @@ from external_oms.codec import (
 )
 from external_oms.entry import Entry, Failure, Lease, Snapshot
 from external_oms.records import Cause, Event, Member
-from tests.conftest import FakeClock
-from tests.stores.contract import complete, event
+from tests.support.clock import FakeClock
+from tests.support.contract import complete, event
 
 NUMBERS = st.integers(0, MAX_NUMBER - 1)
 INSTANTS = st.floats(-1e11, 1e11)

@@ -9,8 +9,8 @@ import pytest
 from external_oms.entry import Entry
 from external_oms.stores.base import Store
 from external_oms.stores.memory import MemoryStore
-from tests.conftest import FakeClock
-from tests.stores.contract import TENANT, MakeStore, StoreContract, invalidated, leased
+from tests.support.clock import FakeClock
+from tests.support.contract import TENANT, MakeStore, StoreContract, invalidated, leased
 
 
 class TestMemoryStore(StoreContract):

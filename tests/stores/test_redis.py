@@ -21,7 +21,8 @@ from external_oms.records import Cause, Member
 from external_oms.stores import redis as redis_module
 from external_oms.stores.redis import RedisStore
 from external_oms.stores.redis_scripts import MAX_COUNTER
-from tests.stores.contract import (
+from tests.support.clock import FakeClock
+from tests.support.contract import (
     DEADLINE_SECONDS,
     TENANT,
     MakeElsewhere,
@@ -35,7 +36,6 @@ from tests.stores.contract import (
     try_lease,
     word,
 )
-from tests.support.clock import FakeClock
 from tests.support.redis import RedisServer
 from tests.support.waiting import wait_until
 

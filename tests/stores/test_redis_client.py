@@ -21,7 +21,7 @@ from external_oms.errors import SettingsError, StoreError
 from external_oms.records import Cause, Event, Member
 from external_oms.stores.redis import RedisStore
 from external_oms.stores.redis_client import client_factory
-from tests.stores.contract import delivered, invalidated, leased
+from tests.support.contract import delivered, invalidated, leased
 from tests.support.ports import free_port
 from tests.support.redis import RedisProxy, RedisServer
 from tests.support.tls import certificate

@@ -22,7 +22,7 @@ from external_oms.entry import Change, Entry, Lease, Moment, Snapshot, is_curren
 from external_oms.errors import StoreError
 from external_oms.records import Cause, Event, Member
 from external_oms.stores.redis import RedisStore
-from tests.stores.contract import committed, delivered, in_a_fork, invalidated, leased, word
+from tests.support.contract import committed, delivered, in_a_fork, invalidated, leased, word
 from tests.support.redis import RedisProxy, RedisServer
 from tests.support.waiting import wait_until
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 
 import pytest
 
+from external_oms.clock import SystemClock
 from external_oms.emulator import ConfigAPIEmulator
 from external_oms.provider import ExternalOMSProvider
 from external_oms.settings import Settings
 from external_oms.stores.base import Store
 from external_oms.web import create_app
 from external_oms.web.parts import parts_of
+from tests.support.clock import FakeClock
 from tests.support.web import BEARER, ENTRIES, SECRET, TENANT, Server, StartServer
 
 
@@ -40,6 +43,18 @@ def start(api: ConfigAPIEmulator) -> Iterator[StartServer]:
     yield started
     for provider in providers:
         provider.shutdown()
+
+
+@pytest.fixture
+def stop_clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[], FakeClock]:
+    """Stops the monotonic clock of all servers of the test; from then on it moves by `advance` alone."""
+
+    def stopped() -> FakeClock:
+        clock = FakeClock(monotonic=time.monotonic())
+        monkeypatch.setattr(SystemClock, "monotonic", lambda _: clock.monotonic())
+        return clock
+
+    return stopped
 
 
 @pytest.fixture

@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from html.parser import HTMLParser
 from pathlib import Path
-from time import monotonic, sleep
 
 import pytest
 from werkzeug.test import TestResponse
 
 from external_oms.emulator import ConfigAPIEmulator, Fault
+from external_oms.entry import Entry
 from external_oms.records import Cause, Event, Member
+from external_oms.stores.memory import MemoryStore
 from external_oms.web import create_app, dashboard
 from external_oms.web.api import REASON_LENGTH
 from external_oms.web.dashboard import PANELS, TIMELINE_ROWS
-from external_oms.web.fleet import KEEP_SECONDS
 from external_oms.web.parts import parts_of
 from external_oms.web.words import latency, span, title_of
+from tests.support.clock import FakeClock
 from tests.support.pages import form_token, open_browser, text_of
+from tests.support.stores import FaultyStore
+from tests.support.waiting import wait_until
 from tests.support.web import ENTRIES, SECRET, TENANT, Server, StartServer, with_key
 
 RANK = {"stranger": -1, "nobody": -1, "viewer": 1, "operator": 2, "admin": 3}
@@ -200,6 +203,23 @@ def test_two_tenants_are_shown_with_everything_that_is_known(two: Server) -> Non
     assert f"{TENANT} ON" in text_of(two.client.get(ONE))
 
 
+def test_a_generation_of_thirteen_digits_is_shown_by_its_end_and_whole_under_the_pointer(start: StartServer) -> None:
+    """Generations in Redis are times in milliseconds, too long for the columns."""
+    generation = 1_780_000_000_123
+    data = MemoryStore(entries={TENANT: Entry(generation=generation)})
+    server = start(shared=FaultyStore(data=data), refresh="lazy")
+    read(server, enabled=True)
+    data.report([Member("web:1", TENANT, generation, True, "fresh", 1.0)])
+    open_browser(server.client)
+    page = server.client.get("/")
+    assert "Generation …000123" in text_of(page)
+    assert "web:1 ON …000123" in text_of(page)
+    assert page.text.count(f'title="{generation}"') == 2
+    answer = server.get(f"/api/v1/tenants/{TENANT}").json
+    assert answer is not None
+    assert answer["generation"] == generation
+
+
 def test_one_tenant_is_the_whole_page(server: Server) -> None:
     read(server, enabled=True)
     open_browser(server.client, "viewer")
@@ -236,10 +256,7 @@ def test_without_a_value_the_page_says_what_callers_get(
 ) -> None:
     api.fault(TENANT, Fault(status=500, times=None))
     server = start(when_expired=policy)
-    until = monotonic() + 10
-    while not server.parts.service.cache.state(TENANT).failures:
-        assert monotonic() < until
-        sleep(0.01)
+    wait_until(lambda: server.parts.service.cache.state(TENANT).failures)
     open_browser(server.client, "viewer")
     said = text_of(server.client.get("/"))
     assert f"{TENANT} {word}" in said
@@ -247,40 +264,39 @@ def test_without_a_value_the_page_says_what_callers_get(
     assert f"No value may be served for {TENANT}." in said
 
 
-def test_where_nobody_asks_an_old_value_is_no_alarm(start: StartServer) -> None:
-    server = start(refresh="lazy", ttl_seconds=0.05, timeout_seconds=0.05, stale_while_revalidate_seconds=0)
+def test_where_nobody_asks_an_old_value_is_no_alarm(start: StartServer, stop_clock: Callable[[], FakeClock]) -> None:
+    server = start(refresh="lazy", stale_while_revalidate_seconds=0)
     read(server, enabled=True)
     open_browser(server.client, "viewer")
-    until = monotonic() + 10
-    while server.parts.service.cache.state(TENANT).freshness != "expired":
-        assert monotonic() < until
-        sleep(0.01)
+    stop_clock().advance(31)
+    assert server.parts.service.cache.state(TENANT).freshness == "expired"
     said = text_of(server.client.get("/"))
     assert f"{TENANT} ON" in said
     assert "the next evaluation reads it first" in said
 
 
 def test_a_member_that_lags_is_seen_at_once_and_a_silent_one_too(
-    server: Server, monkeypatch: pytest.MonkeyPatch
+    server: Server, stop_clock: Callable[[], FakeClock]
 ) -> None:
     read(server, enabled=True)
     assert server.deliver().status_code == 200
+    clock = stop_clock()
     store = server.parts.service.store
     store.report([Member("web-2:8", TENANT, 0, False, "stale", 9.0), Member("web-3:9", TENANT, 1, True, "fresh", 1.0)])
-    clock = server.parts.service.clock
-    real = clock.monotonic
     open_browser(server.client, "viewer")
     assert "web-2:8 OFF 0 9 s stale" in text_of(server.client.get("/")), "it has a moment to follow"
-    monkeypatch.setattr("external_oms.clock.SystemClock.monotonic", lambda _: real() + 5.0)
+    clock.advance(5)
     said = text_of(server.client.get("/"))
     assert re.search(r"web-2:8 OFF 0 1[34] s lags behind", said)
     assert re.search(r"web-3:9 ON 1 \d s fresh", said)
     assert re.search(r"Lagging behind: [^.]*web-2:8", said)
-    monkeypatch.setattr("external_oms.clock.SystemClock.monotonic", lambda _: real() + 40.0)
+    clock.advance(35)
     assert "silent for 40 s" in text_of(server.client.get("/"))
 
 
-def test_the_fleet_is_asked_once_however_many_pages_are_open(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fleet_is_asked_once_however_many_pages_are_open(
+    server: Server, monkeypatch: pytest.MonkeyPatch, stop_clock: Callable[[], FakeClock]
+) -> None:
     asked: list[str | None] = []
     store = server.parts.service.store
     real = type(store).members
@@ -291,16 +307,17 @@ def test_the_fleet_is_asked_once_however_many_pages_are_open(server: Server, mon
 
     monkeypatch.setattr(type(store), "members", counted)
     open_browser(server.client, "viewer")
-    began = monotonic()
+    stop_clock()
     for _ in range(20):
         assert server.client.get(ONE).status_code == 200
-    assert len(asked) <= 1 + (monotonic() - began) / KEEP_SECONDS
+    assert len(asked) == 1
 
 
-def test_the_history_goes_on_over_pages(server: Server) -> None:
-    read(server)
+def test_the_history_goes_on_over_pages(start: StartServer) -> None:
+    server = start(refresh="lazy")  # so that no read adds a row
     for number in range(TIMELINE_ROWS + 10):
-        assert server.deliver(delivery_id=f"msg_number_{number:02d}_").status_code in {200, 202}
+        row = Event(datetime.now(UTC), TENANT, Cause.DELIVERY, delivery_id=f"msg_number_{number:02d}_")
+        server.parts.service.store.append(row)
     open_browser(server.client, "viewer")
     first = server.client.get("/")
     assert first.text.count('<li class="delivery') == TIMELINE_ROWS
@@ -329,15 +346,10 @@ def serving(*names: str) -> Iterator[Server]:
 def test_a_thousand_tenants_are_a_line_each_and_the_page_stays_usable() -> None:
     with serving(*(f"shop-{number:04d}" for number in range(1000))) as server:
         open_browser(server.client, "viewer")
-        took = []
-        for path in ("/", "/", "/?parts=1"):
-            began = monotonic()
+        for path in ("/", "/?parts=1"):
             page = server.client.get(path)
-            took.append(monotonic() - began)
             assert page.text.count("data-tenant=") == (1000 if path == "/" else 0)
             assert len(page.data) < (1_500_000 if path == "/" else 20_000)
-        print(f"\n1000 tenants: the page {took[1] * 1000:.0f} ms, what it asks for again {took[2] * 1000:.0f} ms")
-        assert max(took[1:]) < 2.0
 
 
 def test_a_filter_works_without_scripts() -> None:

@@ -77,5 +77,6 @@ def test_it_is_for_viewers_and_not_without_limit(start: StartServer) -> None:
     server = start(evaluations_per_minute=1)
     assert server.client.get(PATH).status_code == 401
     answers = [get(server) for _ in range(3)]
-    assert answers[-1].status_code == 429
-    assert int(answers[-1].headers["Retry-After"]) >= 1
+    refused = [answer for answer in answers if answer.status_code == 429]
+    assert refused, "a new minute begins once at most"
+    assert int(refused[0].headers["Retry-After"]) >= 1

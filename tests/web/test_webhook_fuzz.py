@@ -90,9 +90,9 @@ def fuzz(server: Server, caplog: pytest.LogCaptureFixture, *, number: int) -> di
     return statuses
 
 
-@pytest.mark.timeout(180)  # 6 s on an idle machine; coverage and busy cores multiply it
-def test_ten_thousand_malformed_deliveries_are_refused_and_change_nothing(
+@pytest.mark.timeout(180)  # 2 s on an idle machine; coverage and busy cores multiply it
+def test_thousands_of_malformed_deliveries_are_refused_and_change_nothing(
     start: StartServer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    statuses = fuzz(start(webhook_per_minute=1_000_000), caplog, number=10_000)
+    statuses = fuzz(start(webhook_per_minute=1_000_000), caplog, number=3_000)
     assert {400, 401, 404} <= set(statuses)

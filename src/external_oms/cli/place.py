@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from contextlib import suppress
 
 from platformdirs import user_state_path
 
@@ -23,4 +24,7 @@ def with_place(settings: Settings) -> Settings:
     read_from = {name: reached.config_url(name) for name, reached in settings.by_tenant().items()}
     digest = hashlib.sha256(json.dumps(read_from, sort_keys=True).encode()).hexdigest()[:12]
     path = user_state_path("external-oms", appauthor=False) / f"state-{digest}.db"
+    with suppress(OSError):  # the store says what is wrong with the place
+        # the store makes one level alone; the mode is that of the XDG Base Directory Specification
+        path.parent.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     return settings.replaced(store=f"sqlite:///{path}")

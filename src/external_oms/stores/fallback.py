@@ -364,7 +364,7 @@ class Fallback:
         self._lock = threading.Lock()
         self._shared.after_fork()
         if self._local is not None:
-            self._local.after_fork()
+            self._local.after_fork(f"{self._shared.holder}/local")
 
     def close(self) -> None:
         """End the threads and handles of the shared store."""

@@ -82,8 +82,11 @@ class MemoryStore:
 
     def version_ref(self, tenant: str) -> tuple[Sequence[int], int]:
         """Return where the version word of a tenant stands."""
-        with self._lock:
-            return self._versions, self._index_of(tenant)
+        index = self._index.get(tenant)
+        if index is None:
+            with self._lock:
+                index = self._index_of(tenant)
+        return self._versions, index
 
     def _index_of(self, tenant: str) -> int:
         index = self._index.get(tenant)
@@ -185,10 +188,10 @@ class MemoryStore:
     def start(self) -> None:
         """Do nothing: the store has no threads."""
 
-    def after_fork(self) -> None:
+    def after_fork(self, holder: str | None = None) -> None:
         """Make a new lock and take a new name; leases of the parent's reads end with that."""
         self._lock = threading.Lock()
-        self._holder = secrets.token_hex(8)
+        self._holder = secrets.token_hex(8) if holder is None else holder
         self._members.clear()
 
     def close(self) -> None:

@@ -43,7 +43,8 @@ from external_oms.entry import (
 )
 from external_oms.records import MEMBER_SECONDS, Cause, Event, Member
 from external_oms.stores.base import DELIVERY_ID_SECONDS, Store
-from tests.conftest import FakeClock
+from tests.support.clock import FakeClock
+from tests.support.waiting import wait_until
 
 __all__ = [
     "DEADLINE_SECONDS",
@@ -821,12 +822,10 @@ class SharedStoreContract(StoreContract):
 
     def eventually(self, condition: Callable[[], bool]) -> bool:
         """Return whether the condition comes true within the bound of the store."""
-        until = time.monotonic() + self.visible_within_seconds
-        while not condition():
-            if time.monotonic() >= until:
-                return False
-            time.sleep(0.005)
-        return True
+        try:
+            return wait_until(condition, seconds=self.visible_within_seconds)
+        except AssertionError:
+            return False
 
     @pytest.fixture
     def other(self, store: Store, make_store: MakeStore) -> Store:
