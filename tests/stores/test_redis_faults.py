@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from datetime import UTC, datetime
 from multiprocessing.connection import Connection
 
@@ -162,6 +163,15 @@ def test_a_deaf_subscription_is_replaced_though_nothing_changes(
     reaches(deaf, invalidated(healthy, TENANT))
 
 
+def test_a_subscription_that_went_deaf_alone_is_replaced(proxy: RedisProxy, member: MakeMember) -> None:
+    store = member(proxy.url)
+    subscription = proxy._pairs[0]  # the connection that the thread makes first
+    connections = len(proxy._pairs)
+    subscription[2].set()
+    wait_until(lambda: len(proxy._pairs) > connections and subscription[0].fileno() < 0, seconds=PATIENCE_SECONDS)
+    assert polls(store)
+
+
 def test_a_cut_connection_costs_nothing_but_a_new_one(
     server: RedisServer, proxy: RedisProxy, member: MakeMember, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -233,6 +243,23 @@ def test_a_change_that_meets_the_loss_repairs_it_at_once(
         server.flush()
         assert delivered(store, "msg_1", TENANT).generation > second
         assert len([entry for entry in caplog.records if "lost changes" in entry.message]) == 1
+    finally:
+        store.close()
+
+
+def test_a_loss_counts_whatever_was_lost_and_whatever_the_clock_of_the_server_says(
+    server: RedisServer, prefix: str
+) -> None:
+    store = RedisStore(server.url, prefix=prefix, keys=KEYS)  # without its thread
+    try:
+        leased(store, TENANT)
+        assert store.load(TENANT).generation == 0
+        server.flush()
+        assert leased(store, TENANT).generation > 0, "no more than a lease was known"
+        ahead = 1 << 50  # of a server whose clock was ahead
+        store.transact(TENANT, lambda entry, _: Change(replace(entry, generation=ahead), None))
+        server.flush()
+        assert leased(store, TENANT).generation == ahead + 1
     finally:
         store.close()
 

@@ -21,39 +21,6 @@ from tests.support.waiting import wait_until
 
 __all__ = ["RedisProxy", "RedisServer"]
 
-AGE = """
-local milliseconds = tonumber(ARGV[1])
-local function earlier(stamp) return string.format('%.0f', stamp - milliseconds * 1000) end
-for _, key in ipairs(redis.call('KEYS', '*')) do
-  local life = redis.call('PTTL', key)
-  if life <= milliseconds then
-    redis.call('DEL', key)
-  else
-    redis.call('PEXPIRE', key, life - milliseconds)
-    local kind = redis.call('TYPE', key).ok
-    if kind == 'hash' then
-      for _, field in ipairs({'invalidated_at', 'level_at'}) do
-        local stamp = redis.call('HGET', key, field)
-        if stamp and stamp ~= '' then redis.call('HSET', key, field, earlier(stamp)) end
-      end
-      for _, field in ipairs({'snapshot', 'failure'}) do
-        local text = redis.call('HGET', key, field)
-        for _, name in ipairs({'read_at', 'failed_at', 'not_before'}) do
-          text = text and string.gsub(text, '("' .. name .. '": )(%d+)', function(said, stamp)
-            return said .. earlier(stamp)
-          end)
-        end
-        if text then redis.call('HSET', key, field, text) end
-      end
-    elseif kind == 'zset' then
-      for _, member in ipairs(redis.call('ZRANGE', key, 0, -1)) do
-        redis.call('ZINCRBY', key, -milliseconds, member)
-      end
-    end
-  end
-end
-"""
-
 
 class RedisServer:
     """One server on a loopback port, without a file: what it forgets is gone.
@@ -128,11 +95,6 @@ class RedisServer:
         finally:
             client.close()
 
-    def age(self, seconds: float) -> None:
-        """Make everything that it holds older by so much: its clock cannot be set, what it wrote by it can."""
-        with self.client() as client:
-            client.eval(AGE, 0, int(seconds * 1000))
-
     def freeze(self) -> None:
         """It takes connections and bytes, as the kernel does it, and never answers."""
         assert self._process is not None
@@ -162,16 +124,6 @@ class RedisServer:
         """Its keys."""
         with self.client() as client:
             return [str(key) for key in client.scan_iter("*", count=1000)]
-
-    def calls(self) -> int:
-        """How many commands it has carried out, those of scripts and of this question included."""
-        with self.client() as client:
-            return int(client.info("stats")["total_commands_processed"])
-
-    def field(self, key: str, field: str) -> str | None:
-        with self.client() as client:
-            found = client.hget(key, field)
-        return None if found is None else str(found)
 
     def restart(self) -> None:
         self.stop()

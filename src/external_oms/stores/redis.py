@@ -378,10 +378,10 @@ def _restore(tenant: Tenant, found: Found, entry: Entry, moment: Moment, wall: f
             snapshot=known.snapshot,
             failure=entry.failure or known.failure,
             stale_since=entry.stale_since if known.stale_since is None else known.stale_since,
-            token=max(entry.token, known.token),
+            token=max(entry.token, marks(known)[1]),
         )
     event = Event(datetime.fromtimestamp(wall, UTC), tenant.name, Cause.STORE, detail=_loss(found))
-    return invalidate(entry, moment, [Invalidation(event)], at_least=known.generation + 1)
+    return invalidate(entry, moment, [Invalidation(event)], at_least=marks(known)[0] + 1)
 
 
 def _loss(found: Found) -> str:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from operator import lt
 
 from external_oms.entry import Entry, shift
-from external_oms.stores.redis_scripts import Found, as_bytes, encode_version
+from external_oms.stores.redis_scripts import MAX_COUNTER, Found, as_bytes, encode_version
 
 __all__ = ["Replica", "State", "Tenant", "marks"]
 
@@ -164,5 +164,10 @@ class Replica:
 
 
 def marks(entry: Entry) -> tuple[int, int]:
-    """Return the numbers of an entry that fall only where data is lost: its generation, and the token of its value."""
+    """Return the numbers of an entry that fall only where data is lost: its generation, and the token of its value.
+
+    They are 0 where forged numbers came to their end: that entry is given up, and the numbers begin again.
+    """
+    if max(entry.generation, entry.token) >= MAX_COUNTER:
+        return 0, 0
     return entry.generation, entry.snapshot.token if entry.snapshot else 0

@@ -19,7 +19,17 @@ from external_oms.codec import MAX_NUMBER, decode_entry
 from external_oms.entry import Entry
 from external_oms.stores.redis_client import Client, Server, server_of, store_errors
 
-__all__ = ["MEMBERS", "REPORT", "Arguments", "Found", "Scripts", "as_bytes", "decode_rows", "encode_version"]
+__all__ = [
+    "MAX_COUNTER",
+    "MEMBERS",
+    "REPORT",
+    "Arguments",
+    "Found",
+    "Scripts",
+    "as_bytes",
+    "decode_rows",
+    "encode_version",
+]
 
 Arguments: TypeAlias = Sequence[str | bytes | int]
 
@@ -106,6 +116,10 @@ return {string.format('%.0f', now), redis.call('XREVRANGE', KEYS[1], '+', string
 """
 """Return the time of the server in milliseconds and the heartbeats that live, newest first. ARGV[1]: their life."""
 
+MAX_COUNTER = MAX_NUMBER >> 1
+"""The least generation or token that is refused: half of what the codec takes. No count of ours comes near it, and one
+that was forged can be raised a little without becoming a text that the codec refuses."""
+
 _VERSION = re.compile(rb"([0-9]+)\n")
 _VERSION_DIGITS = 16
 
@@ -170,7 +184,7 @@ def decode_found(
         try:
             entry = decode_entry(text[len(expected) :])
             version = int(expected[:_VERSION_DIGITS])
-            is_refused = version >= MAX_NUMBER or len(expected) > _VERSION_DIGITS
+            is_refused = version >= MAX_NUMBER or len(expected) > _VERSION_DIGITS or not _is_plausible(entry)
         except ValueError:  # a MalformedError, or there is no version
             is_refused = True
     if is_refused:
@@ -186,6 +200,17 @@ def decode_found(
         received=received,
         order=order,
     )
+
+
+def _is_plausible(entry: Entry) -> bool:
+    """Return whether the numbers of an entry can be ours.
+
+    A value whose generation or token were ahead of the entry would be fresh for ever, or later than every read.
+    """
+    parts = [part for part in (entry.snapshot, entry.failure, entry.lease) if part is not None]
+    generation = max((part.generation for part in parts), default=0)
+    token = max((part.token for part in parts), default=0)
+    return generation <= entry.generation < MAX_COUNTER and token <= entry.token < MAX_COUNTER
 
 
 class Scripts:
