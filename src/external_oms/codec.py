@@ -105,7 +105,7 @@ def decode_entry(text: str | bytes) -> Entry:
         MalformedError: The text is not JSON, or a field has another type or is out of range.
     """
     fields = _object(text)
-    return Entry(
+    entry = Entry(
         generation=_number(fields, "generation"),
         invalidated_at=_optional(fields, "invalidated_at", _instant),
         stale_since=_optional(fields, "stale_since", _instant),
@@ -115,6 +115,10 @@ def decode_entry(text: str | bytes) -> Entry:
         failure=_part(fields, "failure", _failure),
         lease=_part(fields, "lease", _lease),
     )
+    for part in (entry.snapshot, entry.failure, entry.lease):
+        if part is not None and (part.generation > entry.generation or part.token > entry.token):
+            raise MalformedError("a part is ahead of its entry")
+    return entry
 
 
 def _snapshot(fields: Mapping[str, Any]) -> Snapshot:

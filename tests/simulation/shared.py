@@ -279,8 +279,8 @@ class Handle:
             for tenant, row in sorted(server.rows.items()):
                 if self._polled.get(tenant) != row.version:
                     self._polled[tenant] = row.version
-                    if server.word(tenant)[0] < row.version:  # its writer died before it published
-                        server.word(tenant)[0] = row.version
+                    # perhaps its writer died before it published
+                    server.word(tenant)[0] = max(server.word(tenant)[0], row.version)
                     changed.append(tenant)
             return changed
         sent = server.world.now

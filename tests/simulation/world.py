@@ -11,9 +11,11 @@ import itertools
 import random
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, TypeVar
 
 from greenlet import getcurrent, greenlet
+
+T = TypeVar("T")
 
 SPIN_LIMIT = 3000
 """Switches without any passage of time from which on the code under test spins."""
@@ -56,7 +58,7 @@ class Choices:
         """Return a number in [0, 1)."""
         return self.below(1 << 16) / (1 << 16)
 
-    def pick(self, options: Sequence[Any]) -> Any:
+    def pick(self, options: Sequence[T]) -> T:
         """Return one of the options."""
         return options[self.below(len(options))]
 

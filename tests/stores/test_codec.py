@@ -87,7 +87,24 @@ JSON = st.recursive(
 )
 
 
+def in_front(entry: Entry) -> Entry:
+    """The entry with counters that no part of it is ahead of."""
+    parts = [part for part in (entry.snapshot, entry.failure, entry.lease) if part is not None]
+    return replace(
+        entry,
+        generation=max([entry.generation, *(part.generation for part in parts)]),
+        token=max([entry.token, *(part.token for part in parts)]),
+    )
+
+
 @given(ENTRIES)
+def test_a_part_that_is_ahead_of_its_entry_is_malformed(entry: Entry) -> None:
+    if in_front(entry) != entry:
+        with pytest.raises(MalformedError, match="ahead"):
+            decode_entry(encode_entry(entry))
+
+
+@given(ENTRIES.map(in_front))
 def test_an_entry_survives(entry: Entry) -> None:
     assert decode_entry(encode_entry(entry)) == entry
     assert decode_entry(encode_entry(entry).encode()) == entry
