@@ -64,8 +64,8 @@ PULL_MORE, REPORT_MORE = 4.4 / 1e6, 2.9 / 1e6
 """The same for each further tenant of a pull, whose commands are one pipeline, and of a heartbeat."""
 
 CHANGE_SECONDS = 0.5
-"""The longest that one change should keep Redis at work, with a message to each member and a pull by each: other commands
-wait meanwhile, and a client gives up after a second."""
+"""The longest that one change should keep Redis at work, with a message to each member and a pull by each: other
+commands wait meanwhile, and a client gives up after a second."""
 
 SMALL = (1, 10, 100)
 """Sizes that the tests print too."""
