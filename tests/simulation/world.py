@@ -37,8 +37,12 @@ class Choices:
 
     def __init__(self, given: Sequence[int] = (), seed: int | None = None) -> None:
         self.made: list[int] = []
-        self._given = given
+        self._given = tuple(given)
         self._random = None if seed is None else random.Random(seed)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Choices:
+        """A forked process draws from the same sequence."""
+        return self
 
     def below(self, bound: int) -> int:
         """Return a number in [0, bound)."""
