@@ -713,8 +713,9 @@ def _check_dead_lease(history: History, read: Read) -> None:
     living = [member for member in history.members if member.alive and not member.frozen and not member.idle]
     entry = server.entry(read.tenant)
     faults = server.down or server.busy or server.slow or server.losses or entry.failure is not None
+    idle = history.windows.ttl_seconds > 2.0  # the value is fresh for longer than the lease, and nobody wants to read
     late = history.world.now > read.started + 0.6  # the others ask less and less often for a lease that is held long
-    if history.kind != "file" or not history.background or not living or faults or late:
+    if history.kind != "file" or not history.background or not living or faults or late or idle:
         return
     history.world.run(read.started + 2.7 - history.world.now, history.check)
     lease = server.entry(read.tenant).lease

@@ -50,6 +50,7 @@ class Answer:
         generation: The generation of the value.
         read: When the read of the value began.
         failed: Whether it was an error instead.
+        known: When the first of these evaluations was answered.
     """
 
     first: float
@@ -59,14 +60,16 @@ class Answer:
     generation: int
     read: float
     failed: bool
+    known: float
 
     @classmethod
     def of(cls, began: float, enabled: bool, metadata: Mapping[str, object], *, failed: bool = False) -> Answer:
-        """The answer that one evaluation got."""
+        """The answer that one evaluation got, just now."""
         fetched_at = str(metadata.get("fetched_at", ""))
         read = datetime.fromisoformat(fetched_at).timestamp() if fetched_at else 0.0
         fresh = not failed and metadata.get("stale") is False
-        return cls(began, began, enabled, fresh, int(str(metadata.get("generation", -1))), read, failed)
+        generation = int(str(metadata.get("generation", -1)))
+        return cls(began, began, enabled, fresh, generation, read, failed, time.time())
 
 
 class Answers:
@@ -291,7 +294,7 @@ class Storm:
     def _possible(self, answer: Answer) -> set[bool]:
         """The values that a read that began then and was answered by then may have found."""
         place = bisect_left([flip.ended for flip in self.flips], answer.read)
-        possible = {flip.enabled for flip in self.flips[place:] if flip.began <= answer.first}
+        possible = {flip.enabled for flip in self.flips[place:] if flip.began <= answer.known}
         return possible | {self.flips[place - 1].enabled if place else not self.flips[0].enabled}
 
     def heals(self) -> None:
