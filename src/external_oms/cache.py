@@ -443,7 +443,7 @@ class Cache:
         return result, shared
 
     def _invalidate_together(self, state: _Tenant, request: Invalidation) -> tuple[Invalidated, bool]:
-        """Add a request to the batch that runs next; whoever opened the batch runs it."""
+        """Add a request to the batch that runs next; the caller that opened the batch runs it."""
         with state.lock:
             leads = state.next_batch is None
             batch = state.next_batch = state.next_batch or _Batch()
