@@ -552,3 +552,12 @@ def test_the_directory_of_shared_counts_is_fresh_and_goes(monkeypatch: pytest.Mo
         os.waitpid(child, 0)
         assert made.is_dir()
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("_counting_together")
+def test_a_file_that_another_process_has_made_and_not_yet_filled_is_left_out(
+    start: StartServer, tmp_path: Path
+) -> None:
+    server = start()
+    (tmp_path / "counter_4711.db").touch()
+    assert server.get("/metrics").status_code == 200

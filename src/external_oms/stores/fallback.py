@@ -313,6 +313,8 @@ class Fallback:
     def _recover(self, local: MemoryStore) -> None:
         """Return to the shared store. Until what is owed is repaid, `load` verifies nothing of those tenants."""
         with self._lock:
+            for tenant, generation in self._owed.items():  # an invalidation may be about to say what it has raised
+                self._owed[tenant] = max(generation, local.load(tenant).generation)
             self._local, problem, self._problem = None, self._problem, ""
         for store in (local, self._shared):
             self._touch_all(store)

@@ -19,6 +19,7 @@ import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
+from pathlib import Path
 
 from flask import Blueprint, Response, request
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, multiprocess, values
@@ -289,7 +290,9 @@ class Meters(Collector):
         if self._registry is not None:
             with _scraping:
                 return list(self._registry.collect())
-        summed: Iterable[Metric] = multiprocess.MultiProcessCollector(None).collect()  # type: ignore[no-untyped-call]  # the library has no types here
+        # a process that begins to count makes its file before it fills it, and the library cannot read an empty one
+        files = [str(file) for file in Path(os.environ[DIRECTORY_VARIABLE]).glob("*.db") if file.stat().st_size]
+        summed: Iterable[Metric] = multiprocess.MultiProcessCollector.merge(files, accumulate=True)  # type: ignore[no-untyped-call]  # the library has no types here
         return summed
 
 
