@@ -129,11 +129,11 @@ class ExternalOMSProvider(AbstractProvider):
         if flag_key == FLAG_KEY:
             attributes = evaluation_context.attributes if evaluation_context is not None else None
             try:
-                hot = self._hot.get(attributes.get(ATTRIBUTE) if attributes else None)  # type: ignore[arg-type]  # any attribute may be asked for
-            except TypeError:  # an unhashable tenant; refused below
-                hot = None
-            if hot is not None:
+                hot = self._hot[attributes.get(ATTRIBUTE) if attributes else None]  # type: ignore[index]  # any attribute may be asked for
                 until, versions, index, version, details = hot
+            except (KeyError, TypeError):  # nothing was fresh so far, or an unhashable tenant, which is refused below
+                pass
+            else:
                 if self._monotonic() < until and versions[index] == version:
                     return details
         tenant = self._tenant_of(flag_key, evaluation_context)
