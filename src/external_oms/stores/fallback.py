@@ -248,7 +248,7 @@ class Fallback:
         for tenant in self._known.copy():
             try:
                 store.touch(tenant)
-            except Exception:  # noqa: BLE001 - its words cannot be reached, so nobody reads them
+            except Exception:  # noqa: BLE001 - nobody can read its version words either
                 return
 
     def poll(self) -> Collection[str]:
