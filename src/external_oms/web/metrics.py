@@ -73,6 +73,12 @@ def metrics() -> Response:
     """Return every metric."""
     if not current_oms.settings.metrics_open:
         authorize(Role.VIEWER)
+    if request.environ.get("wsgi.multiprocess") and not are_shared():
+        current_oms.warn_once(
+            "this server has several processes, and each scrape of /metrics counts the one that answers it; have %s "
+            "name an empty directory before the server starts",
+            DIRECTORY_VARIABLE,
+        )
     current_oms.cache.start()  # a process that gets no other request must not tell of the past
     body, content_type = exposition(current_app.extensions[EXTENSION], request.headers.get("Accept", ""))
     return Response(body, content_type=content_type)

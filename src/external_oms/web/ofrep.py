@@ -213,7 +213,7 @@ def _problem(error: Error | OpenFeatureError) -> tuple[ErrorCode, Problem]:
         case ProviderNotReadyError():
             return ErrorCode.GENERAL, Problem(503, "this process is shutting down", headers={"Retry-After": "1"})
         case OpenFeatureError():
-            return ErrorCode.GENERAL, Problem(500, "internal server error", kind="internal")
+            return ErrorCode.GENERAL, Problem(500, "internal server error", kind="unforeseen")
     problem = to_problem(error)
     is_malformed = problem.status == HTTPStatus.BAD_REQUEST
     return ErrorCode.PARSE_ERROR if is_malformed else ErrorCode.GENERAL, problem
