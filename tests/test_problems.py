@@ -115,7 +115,7 @@ def test_json_is_what_is_announced_as_json(announced: str, is_json: bool) -> Non
     ],
     ids=lambda part: type(part).__name__ if isinstance(part, Exception) else str(part),
 )
-def test_each_of_our_errors_is_one_problem_with_its_own_words(error: Exception, status: int, kind: str) -> None:
+def test_each_of_our_errors_is_one_problem_with_its_own_words(error: ExternalOMSError, status: int, kind: str) -> None:
     problem = problem_of(error)
     assert (problem.status, problem.kind, problem.detail) == (status, kind, str(error))
     assert ("Retry-After" in problem.headers) == (status == 503)

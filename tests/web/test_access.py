@@ -11,7 +11,7 @@ from itsdangerous import URLSafeSerializer
 
 from external_oms.errors import SettingsError
 from external_oms.problems import PROBLEM_TYPE
-from external_oms.web import access, api
+from external_oms.web import api
 from external_oms.web.access import TOKEN_SLOT_SECONDS
 from external_oms.web.keys import APIKeys, Role, new_key
 from tests.support.clock import FakeClock
@@ -160,7 +160,7 @@ def test_a_wrong_key_is_not_made_good_by_a_session(server: Server) -> None:
 def token_of(server: Server, role: str = "viewer") -> str:
     bulk = server.client.post("/ofrep/v1/evaluate/flags", headers=with_key(role), json={})
     address = bulk.get_json()["eventStreams"][0]["endpoint"]["requestUri"]
-    return parse_qs(urlsplit(address).query)["token"][0]
+    return str(parse_qs(urlsplit(address).query)["token"][0])
 
 
 def open_stream(server: Server, token: str, path: str = "/ofrep/v1/events") -> int:
@@ -179,11 +179,11 @@ def test_a_token_opens_streams_and_nothing_else(server: Server) -> None:
 
 def test_a_token_ends_with_its_slot_and_with_its_key(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     now = (time.time() // TOKEN_SLOT_SECONDS) * TOKEN_SLOT_SECONDS + 1
-    monkeypatch.setattr(access.time, "time", lambda: now)
+    monkeypatch.setattr(time, "time", lambda: now)
     token = token_of(server)
-    monkeypatch.setattr(access.time, "time", lambda: now + 2 * TOKEN_SLOT_SECONDS - 3)
+    monkeypatch.setattr(time, "time", lambda: now + 2 * TOKEN_SLOT_SECONDS - 3)
     assert open_stream(server, token) == 200
-    monkeypatch.setattr(access.time, "time", lambda: now + 2 * TOKEN_SLOT_SECONDS)
+    monkeypatch.setattr(time, "time", lambda: now + 2 * TOKEN_SLOT_SECONDS)
     assert open_stream(server, token) == 401
     fresh = token_of(server)
     assert open_stream(server, fresh) == 200

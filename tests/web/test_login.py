@@ -18,7 +18,7 @@ from werkzeug.test import TestResponse
 
 from external_oms.emulator import ConfigAPIEmulator
 from external_oms.errors import SettingsError
-from external_oms.web import access, create_app
+from external_oms.web import create_app
 from external_oms.web.keys import Role, new_key
 from external_oms.web.login import COOKIE
 from external_oms.web.state import EXTENSION
@@ -222,7 +222,7 @@ def test_a_session_ends_by_itself(start: StartServer, monkeypatch: pytest.Monkey
     now = time.time()
     open_browser(server.client)
     for later, status in ((59.0, 200), (61.0, 303), (-3600.0, 303)):
-        monkeypatch.setattr(access.time, "time", lambda later=later: now + later)
+        monkeypatch.setattr(time, "time", lambda later=later: now + later)
         assert server.client.get("/").status_code == status
 
 

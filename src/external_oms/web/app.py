@@ -33,6 +33,7 @@ SECRET_LENGTH = 16
 """The least characters of `session_secret`."""
 
 _HEADERS = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
+_DATA = frozenset({"api", "ofrep", "health", "metrics", webhook.bp.name})
 _PAGE_HEADERS = _HEADERS | {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
     "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
@@ -169,7 +170,7 @@ def check_prefix() -> None:
 
 def set_security_headers(response: Response) -> Response:
     """Add the security headers that the response does not have."""
-    headers = _PAGE_HEADERS if response.mimetype == "text/html" else _HEADERS
+    headers = _HEADERS if request.blueprint in _DATA else _PAGE_HEADERS
     for name, value in headers.items():
         if name not in response.headers:
             response.headers[name] = value

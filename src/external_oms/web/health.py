@@ -1,8 +1,8 @@
 """`/healthz` and `/readyz` for load balancers. Both are open, so they name no tenant, no path and no error.
 
-A process is ready once it knows a value of one tenant, or has failed to read one and `when_expired` is `on` or `off`. It
-stays ready while the config API fails, however old the value grows: an outage is the same for every process, and taking
-all of them out would take the webhook away too. The body says `degraded` meanwhile.
+A process is ready once it knows a value of one tenant, or has failed to read one and `when_expired` is `on` or `off`.
+It stays ready while the config API fails, however old the value grows: an outage is the same for every process, and
+taking all of them out would take the webhook away too. The body says `degraded` meanwhile.
 """
 
 from __future__ import annotations

@@ -88,9 +88,9 @@ def exposition(collector: Collector, accept: str) -> tuple[bytes, str]:
     """Return the metrics as text, and its type: OpenMetrics where the scraper prefers it."""
     try:
         encoder, content_type = choose_encoder(accept)
-    except ValueError:  # a version that is no number
-        encoder, content_type = generate_latest, CONTENT_TYPE_PLAIN_0_0_4
-    return encoder(collector), content_type
+        return encoder(collector), content_type
+    except (ValueError, TypeError):  # a version that is no number
+        return generate_latest(collector), CONTENT_TYPE_PLAIN_0_0_4
 
 
 class _Counts:
