@@ -35,7 +35,7 @@ from external_oms.errors import SettingsError
 from external_oms.settings import Settings
 from external_oms.tenants import is_loopback
 from external_oms.web.app import check_credentials, create_app
-from external_oms.web.state import EXTENSION, OMS
+from external_oms.web.state import instances
 
 __all__ = ["DEFAULT_BIND", "MEMBER_HEADER", "THREADS", "Serving", "Worker", "check", "is_private", "is_taken", "run"]
 
@@ -434,8 +434,7 @@ class Worker(ThreadWorker):
         try:
             super().init_process()
         finally:
-            oms = self._oms()
-            if oms is not None:
+            for oms in tuple(instances):
                 oms.provider.shutdown()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -448,13 +447,8 @@ class Worker(ThreadWorker):
         self._end_streams()
         super().handle_quit(sig, frame)
 
-    def _end_streams(self) -> None:
-        oms = self._oms()
-        if oms is not None:
+    @staticmethod
+    def _end_streams() -> None:
+        for oms in tuple(instances):
             # On another thread: this one may have been interrupted while it held a lock that ending a stream takes.
             threading.Thread(target=oms.broker.close, daemon=True).start()
-
-    def _oms(self) -> OMS | None:
-        app = getattr(self, "wsgi", None)
-        oms = getattr(app, "extensions", {}).get(EXTENSION)
-        return oms if isinstance(oms, OMS) else None
