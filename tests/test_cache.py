@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from datetime import UTC, datetime
 from functools import partial
 from itertools import pairwise
 from typing import TypeVar
@@ -29,6 +30,7 @@ from external_oms.entry import (
     Invalidation,
     Transition,
     begin_read,
+    commit,
     last_token,
     release,
 )
@@ -279,6 +281,68 @@ def test_with_a_servable_value_nobody_waits_for_the_read(threaded: Threaded, sec
     wait_until(lambda: value(cache.lookup(TENANT)) is False)
 
 
+def test_an_evaluation_that_waits_is_served_an_overtaken_value_and_not_kept_for_the_next_read(
+    threaded: Threaded,
+) -> None:
+    cache = threaded.make(timeout_seconds=2 * SOON)
+    slot = cache._states[TENANT]
+    threaded.hold()
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(cache.lookup, TENANT)
+        held = threaded.source.held()
+        invalidate(cache)
+        second = pool.submit(asyncio.run, cache.lookup_async(TENANT))
+        wait_until(lambda: slot.next_flight is not None)
+        third = threading.Thread(target=cache.refresh, args=(TENANT,), daemon=True)
+        third.start()
+        held.answer(True)
+        following = threaded.source.held()
+        for future in (first, second):
+            assert (value(future.result(SOON)), future.result().freshness) == (True, Freshness.STALE)
+        assert third.is_alive(), "a refresh waits for its own read"
+        following.answer(False)
+        third.join(SOON)
+    assert value(cache.lookup(TENANT)) is False
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_an_evaluation_that_waits_for_the_lease_of_another_process_is_served_what_that_one_stores(
+    clock: FakeClock, background: bool
+) -> None:
+    """The other process reads again at once, because an invalidation overtook its read, and that read hangs."""
+    timed = Timed(clock, background=background)
+    timed.store.is_gone = lambda holder: False  # type: ignore[method-assign]  # the other one lives
+    begin = partial(begin_read, holder="another", lease_seconds=7.0, newer_than=0)
+    granted = timed.store.transact(TENANT, begin)
+    assert isinstance(granted, Granted)
+    timed.store.invalidate(TENANT, [Invalidation()])
+
+    def store() -> None:
+        timed.store.transact(
+            TENANT,
+            partial(
+                commit,
+                lease=granted.lease,
+                reading=Reading(Document(True)),
+                read_at=clock.monotonic(),
+                fetched_at=datetime.fromtimestamp(clock.wall(), UTC),
+                ttl_seconds=30.0,
+                hard_limit_seconds=3600.0,
+                tenant=TENANT,
+                latency_seconds=0.3,
+            ),
+        )
+        assert isinstance(timed.store.transact(TENANT, begin), Granted)
+
+    timed.hand.at("another", clock.monotonic() + 0.3, store)
+    began = clock.monotonic()
+    evaluation = timed.cache.lookup(TENANT)
+    assert (value(evaluation), evaluation.freshness) == (True, Freshness.STALE)
+    assert clock.monotonic() - began < 1.0
+    timed.hand.advance(20.0)
+    assert timed.source.reads, "the lease of the other process ends, and this one reads"
+
+
 def test_an_async_evaluation_that_waits_leaves_the_loop_to_others(threaded: Threaded) -> None:
     """The loop itself lets the read end: were it held, nobody ever would."""
     cache = threaded.make()
@@ -400,9 +464,10 @@ def test_a_read_that_answers_the_old_value_after_an_invalidation_is_read_again_a
         wait_until(lambda: slot.next_flight is not None)
         old.answer(False)
         threaded.source.held().answer(True)
-        assert value(after.result(SOON)) is True
-        overtaken = before.result(SOON)
-        assert (value(overtaken), overtaken.freshness) in {(False, Freshness.STALE), (True, Freshness.FRESH)}
+        for future in (before, after):
+            evaluation = future.result(SOON)
+            assert (value(evaluation), evaluation.freshness) in {(False, Freshness.STALE), (True, Freshness.FRESH)}
+    assert value(cache.lookup(TENANT)) is True
     assert False not in fresh
     assert cache.peek(TENANT).entry.snapshot is not None
     assert len(threaded.source.reads) == 2

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import pytest
 
 from tests.simulation.history import History, play
-from tests.simulation.mutants import MUTANTS, Mutant, seeds_to_kill
+from tests.simulation.mutants import MUTANTS, Mutant, kill
 from tests.simulation.runs import broken, shrink, tell
 from tests.simulation.world import Choices
 
@@ -72,7 +72,7 @@ def test_histories_reach_every_kind_of_store_and_fault() -> None:
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=[mutant.name for mutant in MUTANTS])
 def test_a_planted_defect_is_found(mutant: Mutant) -> None:
-    assert seeds_to_kill(mutant, seconds=KILL_SECONDS) is not None, "the simulation does not find this defect"
+    assert kill(mutant, seconds=KILL_SECONDS) is not None, "the simulation does not find this defect"
 
 
 def test_a_failing_history_is_made_smaller_and_still_fails() -> None:
