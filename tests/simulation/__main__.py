@@ -1,7 +1,8 @@
 """Run the simulation with fresh seeds: `python -m tests.simulation --seconds 60`.
 
 Prints how many histories were played and how many steps they took. The first history that breaks a promise is made
-smaller and told step by step, and the exit status is 1; `--seed` plays one history again.
+smaller and told step by step, and the exit status is 1; `--seed` plays one history again. `--mutants` searches from the
+first seed on for a history that finds each planted defect, and prints its seed, which belongs into `mutants.py`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ import os
 import secrets
 import sys
 import time
+from dataclasses import replace
 
+from tests.simulation.mutants import MUTANTS, kill
 from tests.simulation.runs import BATCH, Report, broken, shrink, tell, work
 from tests.simulation.world import Choices
 
@@ -32,16 +35,30 @@ def explain(seed: int) -> None:
     print(f"  {end}")
 
 
+def find(place: int) -> str:
+    """Search for the first history that finds a planted defect, and tell it in a line."""
+    logging.disable(logging.CRITICAL)
+    mutant = MUTANTS[place]
+    found = kill(replace(mutant, seed=0), seconds=300.0)
+    return f"{'not found' if found is None else f'seed={found[0]}'}: {mutant.name}"
+
+
 def main() -> int:
     """Play until the time is over or a promise is broken."""
     parser = argparse.ArgumentParser(prog="python -m tests.simulation", description=__doc__)
     parser.add_argument("--seconds", type=float, default=60.0, help="how long, in seconds")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="how many processes")
     parser.add_argument("--seed", type=int, help="play the history of this seed alone")
+    parser.add_argument("--mutants", action="store_true", help="print the seeds that find the planted defects")
     asked = parser.parse_args()
     logging.disable(logging.CRITICAL)
     if asked.seed is not None:
         explain(asked.seed)
+        return 0
+    if asked.mutants:
+        with multiprocessing.get_context("spawn").Pool(asked.jobs) as pool:
+            for line in pool.imap_unordered(find, range(len(MUTANTS))):
+                print(line, flush=True)
         return 0
     began, histories, steps = time.monotonic(), 0, 0
     first = secrets.randbits(40)

@@ -459,14 +459,8 @@ class History:
             after = member.evaluate(tenant, wait=False)
             fresh = before.freshness is Freshness.FRESH and before.fresh_until > member.clock.monotonic()
             stale_left = self.windows.stale_while_revalidate_seconds > answered - called
-            if (
-                kept
-                and fresh
-                and stale_left
-                and after.servable is None
-                and self.server.losses == losses
-                and not self.slowed
-            ):
+            lost = not kept or self.server.losses != losses
+            if fresh and stale_left and after.servable is None and not lost and not self.slowed:
                 raise Violation(f"P1: an invalidation made the fresh value of {member} expire")
             if shared:
                 found = member.cache.wait_for_generation(tenant, result.generation)
@@ -478,7 +472,7 @@ class History:
         self.world.spawn(member, job, f"deliver {tenant}")
 
     def _is_kept(self, tenant: str, evaluation: Evaluation) -> bool:
-        """Return whether the store has the value of a process, or a later one; it loses data before processes see it."""
+        """Return whether the store has the value of a process or a later one: processes see a loss only later."""
         had, stored = evaluation.servable, self.server.entry(tenant).snapshot
         return not self.server.losses or had is None or (stored is not None and stored.token >= had.token)
 

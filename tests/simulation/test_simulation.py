@@ -16,7 +16,7 @@ HISTORIES = 400
 """Histories that are played in each run of the tests, always the same; `make simulate` plays fresh ones."""
 
 KILL_SECONDS = 60.0
-"""How long the simulation may search for a planted defect; most are found within two seconds."""
+"""How long the simulation may search for a planted defect; its first history finds it, until the code changes."""
 
 
 @pytest.fixture(autouse=True)
