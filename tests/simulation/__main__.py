@@ -14,9 +14,8 @@ import os
 import secrets
 import sys
 import time
-from dataclasses import replace
 
-from tests.simulation.mutants import MUTANTS, kill
+from tests.simulation.mutants import MUTANTS, first_seed
 from tests.simulation.runs import BATCH, Report, broken, shrink, tell, work
 from tests.simulation.world import Choices
 
@@ -35,14 +34,6 @@ def explain(seed: int) -> None:
     print(f"  {end}")
 
 
-def find(place: int) -> str:
-    """Search for the first history that finds a planted defect, and tell it in a line."""
-    logging.disable(logging.CRITICAL)
-    mutant = MUTANTS[place]
-    found = kill(replace(mutant, seed=0), seconds=300.0)
-    return f"{'not found' if found is None else f'seed={found[0]}'}: {mutant.name}"
-
-
 def main() -> int:
     """Play until the time is over or a promise is broken."""
     parser = argparse.ArgumentParser(prog="python -m tests.simulation", description=__doc__)
@@ -57,8 +48,8 @@ def main() -> int:
         return 0
     if asked.mutants:
         with multiprocessing.get_context("spawn").Pool(asked.jobs) as pool:
-            for line in pool.imap_unordered(find, range(len(MUTANTS))):
-                print(line, flush=True)
+            for mutant, seed in zip(MUTANTS, pool.imap(first_seed, MUTANTS), strict=True):
+                print(f"{seed}: {mutant.name}", flush=True)
         return 0
     began, histories, steps = time.monotonic(), 0, 0
     first = secrets.randbits(40)

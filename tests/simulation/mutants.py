@@ -5,16 +5,17 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import itertools
+import logging
 import sys
 import time
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-__all__ = ["MUTANTS", "Mutant", "kill", "mutated"]
+__all__ = ["MUTANTS", "Mutant", "first_seed", "kill", "mutated"]
 
 ROOT = Path(__file__).parents[2]
 
@@ -152,3 +153,10 @@ def kill(mutant: Mutant, *, seconds: float) -> tuple[int, str] | None:
             if time.monotonic() > until:
                 break
     return None
+
+
+def first_seed(mutant: Mutant) -> int | None:
+    """Return the first seed of all whose history finds a defect."""
+    logging.disable(logging.CRITICAL)
+    found = kill(replace(mutant, seed=0), seconds=300.0)
+    return None if found is None else found[0]
