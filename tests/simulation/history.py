@@ -487,7 +487,8 @@ class History:
 
         def job() -> None:
             called = self.world.now
-            healthy = self.is_healthy(tenant)
+            healthy, api = self.is_healthy(tenant), self.apis[tenant]
+            lagging = api.lag > 0.0
             try:
                 evaluation = member.cache.refresh(tenant)
             except ReadError as error:
@@ -495,7 +496,7 @@ class History:
                     raise Violation(f"P5: {member}: refresh() failed though everything works: {error}") from error
                 return
             snapshot = evaluation.entry.snapshot
-            lagging = self.apis[tenant].lag or self.apis[tenant].mode == "absurd" or member.degraded
+            lagging = lagging or api.lag > 0.0 or api.mode == "absurd" or member.degraded
             if snapshot is None or (
                 self._read_of(snapshot.etag).started < called - EPSILON and not lagging and not self.server.losses
             ):
