@@ -282,6 +282,9 @@ class Cache:
             self._plan(state)
             return evaluation, None
         flight = self._join(state, generation=entry.generation, newer_than=last_token(entry))
+        if not answered and not flight.done.done() and state.loaded.entry is not entry:  # published a moment ago
+            evaluation = self._evaluate(state)
+            answered = evaluation.servable is not None
         return evaluation, None if answered else flight
 
     def _after_wait(self, state: _Tenant, flight: Flight, until: float) -> tuple[Evaluation, Flight | None]:
@@ -342,6 +345,7 @@ class Cache:
             return state.loaded.entry
 
     def _publish(self, state: _Tenant, evaluation: Evaluation) -> None:
+        """Tell the subscribers of a change, and serve the evaluations that wait."""
         with state.lock:
             before = state.published
             if evaluation.entry is not state.loaded.entry:
@@ -358,6 +362,9 @@ class Cache:
             if snapshot is not None:  # a store that lost the value does not change it
                 state.enabled = snapshot.enabled
             self.changes.enqueue(Change(state.tenant, ChangeKind.VALUE if changed else ChangeKind.STATE, evaluation))
+            flights = state.flights if evaluation.servable is not None else []
+        for flight in flights:
+            flight.serve()
         self.changes.flush()
 
     # -- read -------------------------------------------------------------------------------------------------------
@@ -504,12 +511,8 @@ class Cache:
                 self._resume(state)  # a flight that waits for the lease of another process may go on
 
     def _sync(self, state: _Tenant) -> None:
-        """Publish the entry as it stands, let evaluations go that it can serve, and plan its next refresh."""
-        if self._evaluate(state).servable is not None:
-            with state.lock:
-                flights = state.flights
-            for flight in flights:
-                flight.serve()
+        """Publish the entry as it stands, and plan its next refresh."""
+        self._evaluate(state)
         self._plan(state)
 
     def _plan(self, state: _Tenant) -> None:

@@ -87,7 +87,7 @@ class Flight:
         forced: Whether only a read that starts after the last caller joined will do.
         newer_than: The fencing token that a result must exceed.
         generation: The generation under which the read runs; None until it starts.
-        token: The fencing token of the read, where this process made it.
+        token: The fencing token of the read, where this process makes it.
         until: The instant at which the flight gives up.
         contended_since: When it first found that another process holds the lease.
         dead_holder: A holder of the lease that has ended.
@@ -265,7 +265,7 @@ class Reader:
             return self._park(flight, STORE_RETRY_SECONDS, f"the store could not grant the read: {error}")
         if isinstance(outcome, Granted):
             with slot.lock:
-                flight.generation = outcome.lease.generation
+                flight.generation, flight.token = outcome.lease.generation, outcome.lease.token
             return self._read(slot, flight, outcome)
         if isinstance(outcome, Satisfied | BackedOff):
             failure = outcome.failure
@@ -340,8 +340,6 @@ class Reader:
             with slot.lock:
                 flight.generation = None
             return self._park(flight, LOST_LEASE_SECONDS, "the lease was lost before the result could be stored")
-        if isinstance(stored, Snapshot):
-            flight.token = lease.token
         flight.end(error_of(stored, now=self._clock.monotonic()) if isinstance(stored, Failure) else None)
         self.ended.send(ReadEnd(slot.tenant, before, stored, latency_seconds))
         return None

@@ -330,7 +330,17 @@ class History:
         for member in self.members:
             if member.alive and not member.frozen and not member.idle:
                 for tenant in self.tenants:
-                    self.check_answer(member, tenant, member.evaluate(tenant, wait=False))
+                    evaluation = member.evaluate(tenant, wait=False)
+                    self.check_answer(member, tenant, evaluation)
+                    self._check_waits(member, tenant, evaluation)
+
+    def _check_waits(self, member: Member, tenant: str, evaluation: Evaluation) -> None:
+        """Check that no evaluation goes on waiting once a value may be served."""
+        runner = member.cache.runner
+        assert isinstance(runner, SimulatedRunner)
+        for name, future in runner.waiting:
+            if name == f"evaluate {tenant}" and evaluation.servable is not None and not future.done():
+                raise Violation(f"P6: {member} goes on waiting for a read although a value may be served")
 
     def check_answer(self, member: Member, tenant: str, evaluation: Evaluation, *, waited: bool = False) -> None:
         """Check an answer that a process gives now."""

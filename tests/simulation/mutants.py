@@ -106,7 +106,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("a busy store leaves this process as it was", "stores.fallback", "                return self._owe(tenant, len(requests)), False", "                return tuple(Invalidated(1) for _ in requests), False"),
     Mutant("a change in memory does not change the version word", "stores.memory", "                self._versions[self._index_of(tenant)] += 1\n            return change.result", "            return change.result"),
     Mutant("the first of two flights takes the second one with it", "singleflight", "        self.flight, self.next_flight = self.next_flight, None", "        self.flight, self.next_flight = None, None", seed=46),
-    Mutant("waiters stay when the flight ends", "singleflight", "            flight.token = lease.token\n        flight.end(", "            flight.token = lease.token\n        (lambda error: None)(", seed=8),
+    Mutant("evaluations wait for their read though a value may be served meanwhile", "cache", "            flight.serve()\n", "            pass\n"),
+    Mutant("waiters stay when the flight ends", "singleflight", "        flight.end(error_of(stored, now", "        (lambda error: None)(error_of(stored, now", seed=8),
 )  # fmt: skip
 
 
