@@ -134,7 +134,8 @@ class ExternalOMSProvider(AbstractProvider):
             except (KeyError, TypeError):  # nothing was fresh so far, or an unhashable tenant, which is refused below
                 pass
             else:
-                if self._monotonic() < until and versions[index] == version:
+                monotonic = self._monotonic  # CPython specializes the load of an attribute, and not of one that is called
+                if monotonic() < until and versions[index] == version:
                     return details
         tenant = self._tenant_of(flag_key, evaluation_context)
         return self._details(self._cache.lookup(tenant))
