@@ -301,16 +301,18 @@ class Cache:
         return replace(evaluation, source=Source.API) if own else evaluation
 
     def _evaluate(self, state: _Tenant, *, failing: bool = False) -> Evaluation:
-        entry = self._load(state)
+        entry, now = self._load(state), self._clock.monotonic()
+        published = state.published
+        if published is not None and published.entry is entry and now < published.fresh_until and not failing:
+            return published  # it was fresh, and still is
         evaluation = evaluate(
             state.tenant,
             entry,
-            now=self._clock.monotonic(),
+            now=now,
             windows=self._windows,
             source=Source.STORE if self._is_foreign(entry) else Source.MEMORY,
             failing=failing,
         )
-        published = state.published
         if published is None:
             changed = entry.snapshot is not None or entry.failure is not None
         else:

@@ -134,7 +134,7 @@ class ExternalOMSProvider(AbstractProvider):
             except (KeyError, TypeError):  # nothing was fresh so far, or an unhashable tenant, which is refused below
                 pass
             else:
-                monotonic = self._monotonic  # CPython specializes the load of an attribute, and not of one that is called
+                monotonic = self._monotonic  # loaded apart from its call, which CPython specializes
                 if monotonic() < until and versions[index] == version:
                     return details
         tenant = self._tenant_of(flag_key, evaluation_context)
