@@ -151,9 +151,7 @@ class ConfigClient:
     def _deadline_at(self) -> float:
         return self._clock.monotonic() + self._timeout_seconds
 
-    def _authorized(
-        self, deadline: Deadline, method: str, headers: Mapping[str, str], body: bytes | None
-    ) -> Response:
+    def _authorized(self, deadline: Deadline, method: str, headers: Mapping[str, str], body: bytes | None) -> Response:
         """Send a request, again with a new token if the first was refused, and return the response."""
         token = self._token.token(deadline=deadline.at)
         response = self._send(deadline, method, headers, body, token)
