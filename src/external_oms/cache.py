@@ -233,9 +233,9 @@ class Cache:
         evaluation, flight = self._evaluate_or_join(state)
         until = self._deadline()
         while flight is not None:
-            if not self.runner.wait(flight.done, until - self._clock.monotonic()):
+            if not self.runner.wait(flight.served, until - self._clock.monotonic()):
                 return self._evaluate(state, failing=True)
-            evaluation, flight = self._after_flight(state, flight, until)
+            evaluation, flight = self._after_wait(state, flight, until)
         return evaluation
 
     async def lookup_async(self, tenant: str) -> Evaluation:
@@ -244,9 +244,9 @@ class Cache:
         evaluation, flight = self._evaluate_or_join(state)
         until = self._deadline()
         while flight is not None:
-            if not await _wait_async(flight.done, until - self._clock.monotonic()):
+            if not await _wait_async(flight.served, until - self._clock.monotonic()):
                 return self._evaluate(state, failing=True)
-            evaluation, flight = self._after_flight(state, flight, until)
+            evaluation, flight = self._after_wait(state, flight, until)
         return evaluation
 
     def peek(self, tenant: str) -> Evaluation:
@@ -284,9 +284,9 @@ class Cache:
         flight = self._join(state, generation=entry.generation, newer_than=last_token(entry))
         return evaluation, None if answered else flight
 
-    def _after_flight(self, state: _Tenant, flight: Flight, until: float) -> tuple[Evaluation, Flight | None]:
-        """Return the evaluation after a flight, and the next flight to wait for where there is still nothing."""
-        error = flight.done.result(0)
+    def _after_wait(self, state: _Tenant, flight: Flight, until: float) -> tuple[Evaluation, Flight | None]:
+        """Return the evaluation, and the flight to wait for where there is still nothing to serve."""
+        error = flight.done.result(0) if flight.done.done() else None
         evaluation = self._evaluate(state, failing=error is not None)
         if evaluation.servable is not None:
             return self._from_api(evaluation, flight), None
@@ -375,6 +375,8 @@ class Cache:
                 state.flight = state.next_flight = None
                 flight.end(_shut_down())
                 return flight
+            if flight.served.done() and not flight.done.done():
+                flight.served = Future()  # the value that was served meanwhile may be served no longer
         if starts:
             self.runner.submit(partial(self._fly, state, flight))
         return flight
@@ -388,11 +390,11 @@ class Cache:
             with state.lock:
                 flight.parked = True
             self.runner.at((state.tenant, "flight"), self._clock.monotonic() + pause, partial(self._resume, state))
-            return
-        with state.lock:
-            following = state.detach(flight)
-        if following is not None:
-            self.runner.submit(partial(self._fly, state, following))
+        else:
+            with state.lock:
+                following = state.detach(flight)
+            if following is not None:
+                self.runner.submit(partial(self._fly, state, following))
         self._sync(state)
 
     def _resume(self, state: _Tenant) -> None:
@@ -504,8 +506,12 @@ class Cache:
                 self._resume(state)  # a flight that waits for the lease of another process may go on
 
     def _sync(self, state: _Tenant) -> None:
-        """Publish the entry as it stands, and plan its next refresh."""
-        self._evaluate(state)
+        """Publish the entry as it stands, let evaluations go that it can serve, and plan its next refresh."""
+        if self._evaluate(state).servable is not None:
+            with state.lock:
+                flights = state.flights
+            for flight in flights:
+                flight.serve()
         self._plan(state)
 
     def _plan(self, state: _Tenant) -> None:
@@ -610,7 +616,7 @@ class Cache:
         self._closed = True
         for state in self._states.values():
             with state.lock:
-                flights = [flight for flight in (state.flight, state.next_flight) if flight is not None]
+                flights = state.flights
                 state.flight = state.next_flight = None
             for flight in flights:  # first: a read that is broken off from here on says nothing of the API
                 flight.end(_shut_down())
@@ -637,7 +643,7 @@ def _set(woken: asyncio.Future[None]) -> None:
         woken.set_result(None)
 
 
-async def _wait_async(future: Future[ReadError | None], seconds: float) -> bool:
+async def _wait_async(future: Future[None], seconds: float) -> bool:
     """Wait for a future without blocking the event loop; a waiter that is cancelled cancels nobody else's flight."""
     loop = asyncio.get_running_loop()
     woken: asyncio.Future[None] = loop.create_future()

@@ -17,8 +17,8 @@ from tests.support.redis import RedisServer
 from tests.support.servers import REPOSITORY, environment, gunicorn, read_until, started
 from tests.support.web import HOOK, SECRET, TENANT
 
-IDLE_SECONDS = 3.0
-"""How long a child goes on doing nothing after the delivery: far more than any way of hearing of it takes."""
+IDLE_SECONDS = 1.0
+"""How long a child goes on doing nothing after the delivery: ten times what hearing of it takes."""
 
 
 @pytest.fixture(params=["sqlite", "redis"])
