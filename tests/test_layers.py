@@ -71,6 +71,9 @@ LATE_ONLY = (
     "prometheus_client",
     "gunicorn",
     "pytest",
+    "requests",
+    "urllib3",
+    "cachetools",
 )
 """What `import external_oms` must not import."""
 

@@ -223,7 +223,9 @@ class Cache:
             if len(self.tenants) == 1:
                 return self.tenants[0]
             raise TenantError(None, "several tenants are configured and the call names none; name it as `tenant`")
-        raise TenantError(str(name)[:80], f"tenant {str(name)[:80]!r} is not configured")
+        if not isinstance(name, str):  # its text may be long, or may raise
+            raise TenantError(None, f"a tenant's name is a text, and not of type {type(name).__name__}")
+        raise TenantError(name[:80], f"tenant {name[:80]!r} is not configured")
 
     # -- evaluate ---------------------------------------------------------------------------------------------------
 
