@@ -6,6 +6,7 @@ import base64
 import json
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from email.utils import parsedate_to_datetime
 from typing import Literal, NamedTuple
 
@@ -16,8 +17,9 @@ from external_oms.cli.output import Cell, duration, print_json, print_line, prin
 from external_oms.client import READ_SCOPE, WRITE_SCOPE
 from external_oms.clock import SYSTEM_CLOCK, Clock
 from external_oms.config import format_instant
+from external_oms.entry import Change
 from external_oms.errors import ExternalOMSError, ReadError, SettingsError, StoreError
-from external_oms.policy import Freshness, State
+from external_oms.policy import Freshness
 from external_oms.settings import ENV_PREFIX, Settings
 from external_oms.stores.memory import MemoryStore
 from external_oms.transport import Transport
@@ -141,26 +143,27 @@ def examine(settings: Settings, *, clock: Clock) -> Iterator[Finding]:
     except (ExternalOMSError, OSError) as error:
         problem = str(error)
         service = build_service(settings, clock=clock, store=MemoryStore(clock=clock))
+    several = len(service.clients) > 1
     try:
+        store = Finding("store", "fail", problem, "check the setting store") if problem else _check_store(service)
+        yield store
         for tenant in service.clients:
-            for finding in _check_tenant(tenant, service):
-                several = len(service.clients) > 1
+            for finding in _check_tenant(tenant, service, compare=store.verdict == "ok"):
                 yield finding._replace(check=f"{finding.check} of {tenant}") if several else finding
         yield _check_clock(settings, clock)
-        yield Finding("store", "fail", problem, "check the setting store") if problem else _check_store(service)
         yield _check_server(settings)
     finally:
         service.close()
 
 
-def _check_tenant(tenant: str, service: Service) -> Iterator[Finding]:
+def _check_tenant(tenant: str, service: Service, *, compare: bool) -> Iterator[Finding]:
     clock, reached = service.clock, service.settings.by_tenant()[tenant]
     source = token_source(tenant, reached, service.settings, None, clock)
     began = clock.monotonic()
     try:
         token = source.token()
     except ReadError as error:
-        yield Finding("token", "fail", str(error), _ADVICE.get(error.kind, ""))
+        yield _failed("token", error)
         yield Finding("read", "fail", "not tried without a token", "fix the token first")
         return
     how = f"obtained in {duration(clock.monotonic() - began)}" if source.renews else "configured as access_token"
@@ -171,14 +174,19 @@ def _check_tenant(tenant: str, service: Service) -> Iterator[Finding]:
     try:
         document = service.clients[tenant].read().document
     except ReadError as error:
-        yield Finding("read", "fail", str(error), _ADVICE.get(error.kind, ""))
+        yield _failed("read", error)
         return
     enabled = None if document is None else document.enabled
     changed = f", changed upstream {format_instant(document.updated_at)}" if document and document.updated_at else ""
     took = f"in {duration(clock.monotonic() - began)}{changed}, from {reached.config_url(tenant)}"
     yield Finding("read", "ok", f"{_variant(enabled)}, {took}")
-    if service.store.kind != "memory":
-        yield _compare(enabled, service.cache.state(tenant))
+    if compare:
+        yield _compare(tenant, enabled, service)
+
+
+def _failed(check: str, error: ReadError) -> Finding:
+    advice = "" if "; check base_url" in str(error) else _ADVICE.get(error.kind, "")
+    return Finding(check, "fail", str(error), advice)
 
 
 def claims_of(token: str) -> Mapping[str, object] | None:
@@ -221,8 +229,11 @@ def _check_scopes(claims: Mapping[str, object] | None) -> Finding:
     return Finding("scopes", "ok", message)
 
 
-def _compare(enabled: bool | None, state: State) -> Finding:
+def _compare(tenant: str, enabled: bool | None, service: Service) -> Finding:
     """Compare the value that the API answered with the one that the processes of this store serve."""
+    with suppress(StoreError):  # then the value is the one that this process knows
+        service.store.transact(tenant, lambda entry, _: Change(entry, None))  # a replica knows what others wrote later
+    state = service.cache.state(tenant)
     if state.enabled is None or enabled is None:
         return Finding("value", "ok", f"the store has {_variant(state.enabled)}, the API {_variant(enabled)}")
     fresh = state.freshness is Freshness.FRESH

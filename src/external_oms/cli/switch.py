@@ -55,7 +55,7 @@ def _switch(tenant: str | None, wanted: bool, *, reason: str, yes: bool, dry_run
             raise CommandError(unconfirmed, ExitCode.REFUSED)
         before = _read(service, name, required=dry_run)
         if before is not None and before.enabled is wanted:
-            print_line(Cell(name, bold=True), FLAG_KEY, "is already", flag_cell(wanted), "(nothing was written)")
+            print_line(Cell(name, bold=True), FLAG_KEY, "is", flag_cell(wanted), "already; nothing was written")
             return
         old, new = "unknown" if before is None else flag_cell(before.enabled).text, flag_cell(wanted).text
         if dry_run:
@@ -88,5 +88,5 @@ def _read(service: Service, tenant: str, *, required: bool) -> State | None:
     except ReadError as error:
         if required:
             raise
-        click.echo(f"The present value is unknown: {error}", err=True)
+        click.echo(f"The present value is not known: {error}", err=True)
         return None
