@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import getpass
 import hashlib
 import io
 import json
 import os
-import re
 import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from enum import IntEnum
@@ -25,19 +22,8 @@ from external_oms.errors import ExternalOMSError, SettingsError, TenantError, Wr
 from external_oms.settings import Settings
 from external_oms.wiring import Service, build_service
 
-__all__ = [
-    "CLIGroup",
-    "CommandError",
-    "ExitCode",
-    "actor",
-    "deferred_signals",
-    "json_option",
-    "load_settings",
-    "open_service",
-    "stoppable",
-    "tenant_option",
-    "wait_for_signal",
-]
+__all__ = ["CLIGroup", "CommandError", "ExitCode", "deferred_signals", "json_option", "load_settings"]
+__all__ += ["open_service", "stoppable", "tenant_option"]
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -93,9 +79,6 @@ def load_settings() -> Settings:
 
     The name of its file depends on the addresses of the tenants, so a value that was read from an emulator, or from
     another environment, is never shown for a tenant of the same name elsewhere.
-
-    Raises:
-        SettingsError: A setting is unknown, malformed or contradicts another, or no home directory is known.
     """
     settings = Settings()
     if "store" in settings.model_fields_set:
@@ -112,26 +95,13 @@ def load_settings() -> Settings:
 
 @contextmanager
 def open_service(*, background: bool = False) -> Iterator[Service]:
-    """Build the components that the environment configures, and close them at the end.
-
-    Args:
-        background: Whether values are read again in the background where the settings say so; otherwise on demand.
-    """
+    """Build the components that the environment configures, which read on demand unless `background`; close them."""
     settings = load_settings()
     service = build_service(settings if background else settings.replaced(refresh="lazy"))
     try:
         yield service
     finally:
         service.close()
-
-
-def actor() -> str:
-    """Return the name of the user, as the history shows it."""
-    try:
-        name = getpass.getuser()
-    except (KeyError, OSError):  # no entry for this user, as in many containers
-        name = f"uid {os.getuid()}"
-    return "cli:" + re.sub(r"[^\w.@+-]", "_", name)[:60]
 
 
 class _Stopped(BaseException):
@@ -169,8 +139,3 @@ def _handled(handler: Callable[[int, FrameType | None], object]) -> Iterator[Non
     finally:
         for number, previous in before.items():
             signal.signal(number, previous)
-
-
-def wait_for_signal() -> None:
-    """Wait until a signal ends the enclosing `stoppable` block."""
-    threading.Event().wait()

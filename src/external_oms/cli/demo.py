@@ -10,17 +10,18 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import click
 
-from external_oms.cli.base import CommandError, ExitCode, deferred_signals, stoppable, wait_for_signal
+from external_oms.cli.base import CommandError, ExitCode, deferred_signals, stoppable
 from external_oms.cli.output import Cell, duration, flag_cell, print_line
 from external_oms.config import FLAG_KEY
 from external_oms.emulator import ConfigAPIEmulator
@@ -34,18 +35,10 @@ __all__ = ["DemoEnvironment", "demo"]
 
 WORKERS = 2
 TENANT = "acme-staging"
-
-START_SECONDS = 30.0
-"""How long the server may take to start; on an idle machine it takes about a second."""
-
-STOP_SECONDS = 15.0
-"""How long the server may take to stop before it is killed: longer than its own grace period."""
-
-ROUND_SECONDS = 10.0
-"""How long to ask until every worker has answered."""
-
-BURST = 8
-"""Concurrent requests, each on its own connection: single requests could all reach the same worker."""
+START_SECONDS = 30.0  # on an idle machine the server starts in about a second
+STOP_SECONDS = 15.0  # before it is killed: longer than the grace period of the server
+ROUND_SECONDS = 10.0  # until every worker has answered
+BURST = 8  # concurrent requests, each on its own connection: single ones could all reach the same worker
 
 _EVALUATION = f"/ofrep/v1/evaluate/flags/{FLAG_KEY}"
 
@@ -70,15 +63,29 @@ def demo(ctx: click.Context, check: bool) -> None:
     """
     code = ExitCode.INTERRUPTED
     with stoppable(), DemoEnvironment() as environment:
+        print_line(Cell("external-oms demo", bold=True), Cell(f"one flag, {WORKERS} workers, one webhook", dim=True))
+        click.echo()
+        with _progress("emulator of the config API"):
+            environment.enter_context(environment.emulator)
+        with _progress(f"server with {WORKERS} workers"):
+            environment.start_server()
         code = ExitCode.DONE if _demonstrate(environment) else ExitCode.FAILED
         if not check:
             _print_what_to_try(environment)
             try:
-                wait_for_signal()
+                threading.Event().wait()
             finally:
                 with suppress(OSError):  # the terminal may be closed
                     click.echo("\nstopping …")
     ctx.exit(code)
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[None]:
+    began = time.monotonic()
+    click.echo(f"starting: {what}")
+    yield
+    print_line(Cell("✓", "green"), f"{what:<28}", Cell(duration(time.monotonic() - began), dim=True))
 
 
 class DemoEnvironment(ExitStack):
@@ -92,11 +99,7 @@ class DemoEnvironment(ExitStack):
         self.origin = ""
 
     def start_server(self) -> None:
-        """Start the server, and wait until every worker is ready.
-
-        Raises:
-            CommandError: It ended, or was not ready in time.
-        """
+        """Start the server, and wait until every worker is ready."""
         place = Path(self.enter_context(TemporaryDirectory(prefix="external-oms-demo-")))
         log = place / "server.log"
         # The server inherits a listening socket, so no other process can take the port.
@@ -117,7 +120,7 @@ class DemoEnvironment(ExitStack):
                 self.callback(_stop, server)
         until = time.monotonic() + START_SECONDS
         while time.monotonic() < until and server.poll() is None:
-            with suppress(OSError, http.client.HTTPException):
+            with suppress(CommandError):
                 if all(reply.status == http.client.OK for reply in self.ask_all("/readyz")):
                     return
             time.sleep(0.05)
@@ -132,39 +135,28 @@ class DemoEnvironment(ExitStack):
         return {**kept, **settings, "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
 
     def ask(self, path: str, body: bytes | None = None, **headers: str) -> Reply:
-        """Send a request, a POST if there is a body, as the admin, on its own connection.
-
-        Raises:
-            OSError: There was no response.
-            http.client.HTTPException: The response was malformed.
-        """
+        """Send a request as the admin, a POST if there is a body, on its own connection."""
         sent = {"x-api-key": self.key, "content-type": "application/json", "connection": "close", **headers}
         began = time.monotonic()
-        connection = http.client.HTTPConnection(self.origin.removeprefix("http://"), timeout=ROUND_SECONDS)
         try:
-            connection.request("GET" if body is None else "POST", path, body, sent)
-            response = connection.getresponse()
-            received = response.read()
-        finally:
-            connection.close()
-        seconds = time.monotonic() - began
-        document = json.loads(received) if response.headers.get_content_subtype().endswith("json") else None
-        known = document if isinstance(document, dict) else {}
-        return Reply(response.headers.get(MEMBER_HEADER, ""), response.status, known, seconds)
+            with closing(
+                http.client.HTTPConnection(self.origin.removeprefix("http://"), timeout=ROUND_SECONDS)
+            ) as line:
+                line.request("GET" if body is None else "POST", path, body, sent)
+                response = line.getresponse()
+                document = json.loads(response.read() or b"{}")
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            raise CommandError(f"the server of the demo did not answer: {error}") from error
+        return Reply(response.headers.get(MEMBER_HEADER, ""), response.status, document, time.monotonic() - began)
 
     def ask_all(self, path: str, body: bytes | None = None) -> list[Reply]:
-        """Send requests in bursts until every worker has answered.
-
-        Raises:
-            OSError: There was no response, or not every worker answered in time.
-            http.client.HTTPException: A response was malformed.
-        """
+        """Send requests in bursts until every worker has answered."""
         replies: list[Reply] = []
         until = time.monotonic() + ROUND_SECONDS
         with ThreadPoolExecutor(BURST) as threads:
             while len({reply.member for reply in replies}) < WORKERS:
                 if time.monotonic() > until:
-                    raise TimeoutError("not every worker of the demo has answered")
+                    raise CommandError("not every worker of the demo has answered")
                 replies += threads.map(lambda _: self.ask(path, body), range(BURST))
         return replies
 
@@ -181,27 +173,6 @@ def _stop(server: subprocess.Popen[bytes]) -> None:
 
 def _demonstrate(environment: DemoEnvironment) -> bool:
     """Show every step; return whether every worker followed."""
-    print_line(Cell("external-oms demo", bold=True), Cell(f"one flag, {WORKERS} workers, one webhook", dim=True))
-    click.echo()
-    with _progress("emulator of the config API"):
-        environment.enter_context(environment.emulator)
-    with _progress(f"server with {WORKERS} workers"):
-        environment.start_server()
-    try:
-        return _change(environment)
-    except (OSError, http.client.HTTPException) as error:
-        raise CommandError("a worker of the demo did not answer") from error
-
-
-@contextmanager
-def _progress(what: str) -> Iterator[None]:
-    began = time.monotonic()
-    click.echo(f"starting: {what}")
-    yield
-    print_line(Cell("✓", "green"), f"{what:<28}", Cell(duration(time.monotonic() - began), dim=True))
-
-
-def _change(environment: DemoEnvironment) -> bool:
     emulator, before = environment.emulator, environment.emulator.enabled()
     _print_step(1, "What every worker answers")
     _print_replies(environment.ask_all(_EVALUATION, b"{}"))

@@ -28,11 +28,8 @@ from external_oms.wiring import Service, build_service, token_source
 
 __all__ = ["Finding", "claims_of", "describe_settings", "doctor", "examine"]
 
-CLOCK_TOLERANCE_SECONDS = 30.0
-"""A tenth of the tolerance for the timestamps of deliveries; a Date header has whole seconds."""
-
-MAX_EXP = 1e12
-"""The greatest `exp` of a token that is used, in the year 33658: an integer of 400 digits is no float."""
+CLOCK_TOLERANCE_SECONDS = 30.0  # a tenth of that for the timestamps of deliveries; a Date header has whole seconds
+MAX_EXP = 1e12  # the greatest `exp` of a token that is used, in the year 33658: an integer of 400 digits is no float
 
 _ADVICE = {
     "token": "check client_id, client_secret, scope and token_url against the tenant's API client",
@@ -42,8 +39,7 @@ _ADVICE = {
     "malformed": "check config_path: another resource, or a sign-in page, answers there",
 }
 
-_COUNTED = frozenset({"webhook_secrets", "webhook_api_keys", "api_keys"})
-"""Lists of secrets, or of hashes of secrets: only their length is shown."""
+_COUNTED = {"webhook_secrets", "webhook_api_keys", "api_keys"}  # secrets and hashes: only their number is shown
 
 
 class Finding(NamedTuple):

@@ -8,10 +8,12 @@ import os
 import shlex
 import socket
 import sys
+import threading
+from typing import Literal
 
 import click
 
-from external_oms.cli.base import CommandError, load_settings, stoppable, wait_for_signal
+from external_oms.cli.base import CommandError, load_settings, stoppable
 from external_oms.config import FLAG_KEY
 from external_oms.emulator import ConfigAPIEmulator
 from external_oms.tenants import is_tenant_name
@@ -21,26 +23,14 @@ from external_oms.wiring import make_store
 
 __all__ = ["emulate", "serve"]
 
-MAX_DEFAULT_WORKERS = 4
-"""Four workers answer some thousand requests a second; more workers than cores gain nothing."""
+MAX_DEFAULT_WORKERS = 4  # they answer some thousand requests a second; more workers than cores gain nothing
+ADDRESSES = "host:port, [ipv6]:port, unix:/path or fd://N"
 
 
 @click.command(short_help="Serve webhook, API, OFREP and dashboard.")
-@click.option(
-    "--bind",
-    default=DEFAULT_BIND,
-    show_default=True,
-    metavar="ADDRESS",
-    help="host:port, [ipv6]:port, unix:/path, or fd://N.",
-)
+@click.option("--bind", default=DEFAULT_BIND, show_default=True, metavar="ADDRESS", help=f"{ADDRESSES}.")
 @click.option("--workers", type=click.IntRange(1, 64), help="Processes; by default 2 to 4, as there are cores.")
-@click.option(
-    "--threads",
-    type=click.IntRange(1, 1000),
-    default=THREADS,
-    show_default=True,
-    help="Threads of each worker, without those of event streams.",
-)
+@click.option("--threads", type=click.IntRange(1, 1000), default=THREADS, show_default=True, help="Of each worker.")
 @click.option("--preload", is_flag=True, help="Create the app before the workers are forked.")
 @click.option("--name-members", is_flag=True, help="Name the process of each response in External-OMS-Member.")
 @click.option("--insecure", is_flag=True, help="Start without credentials; on loopback only.")
@@ -64,8 +54,7 @@ def _check_bind(bind: str, *, loopback_only: bool) -> None:
     try:
         private = is_private(bind)
     except ValueError as error:
-        expected = "must be host:port, [ipv6]:port, unix:/path or fd://N, with a port of 0 to 65535"
-        raise click.BadParameter(f"{bind!r} given; {expected}", param_hint="--bind") from error
+        raise click.BadParameter(f"{bind!r} given; must be {ADDRESSES}", param_hint="--bind") from error
     if loopback_only and not private:
         raise click.BadParameter("must be on loopback without credentials (insecure)", param_hint="--bind")
     if bind.startswith(("unix:", "fd://")):
@@ -95,15 +84,15 @@ def _log_to_stderr() -> None:
 
 
 @click.command(short_help="Run an emulator of the config API.")
-@click.option("--port", type=click.IntRange(0, 65_535), default=0, help="The port on loopback; 0, the default, is any.")
 @click.option(
-    "--tenant", "tenants", multiple=True, metavar="NAME", help="A tenant; repeatable; acme-staging by default."
+    "--port", type=click.IntRange(0, 65_535), default=0, help="On loopback; 0, the default, takes a free one."
 )
+@click.option("--tenant", "tenants", multiple=True, default=["acme-staging"], metavar="NAME", help="Can be repeated.")
 @click.option("--enabled", is_flag=True, help="Start with the flag on.")
 @click.option(
-    "--shape", type=click.Choice(["wrapped", "bare"]), default="wrapped", show_default=True, help="Of the responses."
+    "--shape", type=click.Choice(["wrapped", "bare"]), default="wrapped", show_default=True, help="Of answers."
 )
-def emulate(port: int, tenants: tuple[str, ...], enabled: bool, shape: str) -> None:
+def emulate(port: int, tenants: tuple[str, ...], enabled: bool, shape: Literal["wrapped", "bare"]) -> None:
     """Run an emulator of the config API and of its token endpoint on loopback, until Ctrl-C.
 
     Prints the settings with which an application runs against it, as lines for a shell.
@@ -111,9 +100,7 @@ def emulate(port: int, tenants: tuple[str, ...], enabled: bool, shape: str) -> N
     for name in tenants:
         if not is_tenant_name(name):
             raise click.BadParameter("a tenant's name is [a-z0-9-], such as acme-staging", param_hint="--tenant")
-    emulator = ConfigAPIEmulator(
-        tenants or ("acme-staging",), enabled=enabled, shape="bare" if shape == "bare" else "wrapped", port=port
-    )
+    emulator = ConfigAPIEmulator(tenants, enabled=enabled, shape=shape, port=port)
     with stoppable():
         try:
             emulator.start()
@@ -121,7 +108,7 @@ def emulate(port: int, tenants: tuple[str, ...], enabled: bool, shape: str) -> N
             raise CommandError(f"cannot listen on port {port}: {_reason(error)}; choose another with --port") from error
         with emulator:
             _print_environment(emulator)
-            wait_for_signal()
+            threading.Event().wait()
 
 
 def _print_environment(emulator: ConfigAPIEmulator) -> None:

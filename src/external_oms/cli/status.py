@@ -19,18 +19,19 @@ from external_oms.wiring import Service
 
 __all__ = ["history", "status", "watch"]
 
-WATCH_SECONDS = 0.5
-"""The pause between two looks at the ages in `watch`: no event reports that a value has become stale."""
-
+WATCH_SECONDS = 0.5  # between two looks at the ages: no event reports that a value has become stale
 MAX_CONCURRENT_READS = 16
 
 _COLORS = {Freshness.FRESH: "green", Freshness.STALE: "yellow", Freshness.EXPIRED: "red"}
+_STATE_HEADS = ("TENANT", "FLAG", "FRESHNESS", "AGE", "GENERATION", "CHANGED UPSTREAM", "FROM")
+_EVENT_HEADS = ("WHEN", "TENANT", "WHAT", "FLAG", "BY", "TOOK", "DETAIL")
 
 
 @click.command(short_help="Show the flag, its freshness, and why reads fail.")
 @tenant_option
 @json_option
-def status(tenant: str | None, as_json: bool) -> None:
+@click.pass_context
+def status(ctx: click.Context, tenant: str | None, as_json: bool) -> None:
     """Show the flag of every tenant: value, freshness, age, and why reads fail.
 
     Shows what the store knows. The API is read only for a tenant that has no value to serve. Exits with 1 if a tenant
@@ -42,22 +43,20 @@ def status(tenant: str | None, as_json: bool) -> None:
         for state in states:
             print_json(state_shape(state))
     else:
-        heads = ("TENANT", "FLAG", "FRESHNESS", "AGE", "GENERATION", "CHANGED UPSTREAM", "FROM")
-        print_table(heads, [_state_row(state) for state in states])
+        print_table(_STATE_HEADS, [_state_row(state) for state in states])
         for state in states:
             if state.last_error is not None:
                 print_line(Cell(f"{state.tenant}:", bold=True), Cell(_failure(state), "red"))
     if any(state.freshness is Freshness.EXPIRED for state in states):
-        click.get_current_context().exit(ExitCode.FAILED)
+        ctx.exit(ExitCode.FAILED)
 
 
 def _tenants(service: Service, tenant: str | None) -> tuple[str, ...]:
-    cache = service.cache
-    return cache.tenants if tenant is None else (cache.tenant_of(tenant),)
+    return service.cache.tenants if tenant is None else (service.cache.tenant_of(tenant),)
 
 
 def _load_states(service: Service, tenants: Sequence[str]) -> list[State]:
-    """Return the states, after a read of each tenant that has nothing to serve; the reads run at the same time."""
+    """Return the states, after concurrent reads of the tenants that have nothing to serve."""
     cache = service.cache
 
     def evaluate(tenant: str) -> Evaluation:
@@ -70,13 +69,11 @@ def _load_states(service: Service, tenants: Sequence[str]) -> list[State]:
 
 
 def _state_row(state: State) -> tuple[str | Cell, ...]:
-    freshness = state.freshness.value
-    if state.freshness is Freshness.FRESH:
-        freshness += f" {duration(state.fresh_seconds)}"
+    left = f" {duration(state.fresh_seconds)}" if state.freshness is Freshness.FRESH else ""
     return (
         state.tenant,
         flag_cell(state.enabled),
-        Cell(freshness, _COLORS[state.freshness]),
+        Cell(state.freshness.value + left, _COLORS[state.freshness]),
         duration(state.age_seconds),
         str(state.generation),
         local_time(state.updated_at),
@@ -112,26 +109,22 @@ def watch(tenant: str | None, as_json: bool) -> None:
                 key = (state.enabled, state.freshness, state.generation, state.updated_at, state.failing_since)
                 if shown.get(name) != key:
                     shown[name] = key
-                    _print_change(state, service.clock.wall(), as_json=as_json)
+                    _print_change(state, datetime.fromtimestamp(service.clock.wall(), UTC), as_json=as_json)
             try:
                 changes.get(timeout=WATCH_SECONDS)
             except queue.Empty:
                 continue
 
 
-def _print_change(state: State, now_wall: float, *, as_json: bool) -> None:
-    now = datetime.fromtimestamp(now_wall, UTC)
+def _print_change(state: State, now: datetime, *, as_json: bool) -> None:
     if as_json:
         print_json({"at": format_instant(now), **state_shape(state)})
         return
+    time = Cell(now.astimezone().strftime("%H:%M:%S.%f")[:-3], dim=True)
     value = flag_cell(state.enabled)
-    parts = [
-        Cell(now.astimezone().strftime("%H:%M:%S.") + f"{now.microsecond // 1000:03d}", dim=True),
-        Cell(state.tenant, bold=True),
-        value._replace(text=value.text.ljust(3)),
-        Cell(state.freshness.value, _COLORS[state.freshness]),
-        Cell(f"generation {state.generation}"),
-    ]
+    freshness = Cell(state.freshness.value, _COLORS[state.freshness])
+    parts = [time, Cell(state.tenant, bold=True), value._replace(text=f"{value.text:<3}"), freshness]
+    parts.append(Cell(f"generation {state.generation}"))
     if state.updated_at is not None:
         parts.append(Cell(f"changed upstream {local_time(state.updated_at)}", dim=True))
     if state.last_error is not None:
@@ -155,12 +148,10 @@ def history(tenant: str | None, limit: int, as_json: bool) -> None:
         for event in events:
             print_json(event_shape(event))
     elif events:
-        heads = ("WHEN", "TENANT", "WHAT", "FLAG", "BY", "TOOK", "DETAIL")
-        print_table(heads, [_event_row(event) for event in events])
-    elif service.store.kind == "memory":
-        click.echo("The history is empty: a store memory:// keeps it in one process only.", err=True)
+        print_table(_EVENT_HEADS, [_event_row(event) for event in events])
     else:
-        click.echo("The history is empty.", err=True)
+        why = ": a store memory:// keeps it in one process only" if service.store.kind == "memory" else ""
+        click.echo(f"The history is empty{why}.", err=True)
 
 
 def _event_row(event: Event) -> tuple[str | Cell, ...]:

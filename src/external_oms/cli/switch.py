@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import getpass
 import json
+import os
+import re
 import sys
 
 import click
 
-from external_oms.cli.base import CommandError, ExitCode, actor, open_service, tenant_option
+from external_oms.cli.base import CommandError, ExitCode, open_service, tenant_option
 from external_oms.cli.output import Cell, flag_cell, local_time, print_line
 from external_oms.config import FLAG_KEY
 from external_oms.errors import ReadError
@@ -16,8 +19,7 @@ from external_oms.wiring import Service
 
 __all__ = ["disable", "enable"]
 
-MAX_REASON_LENGTH = 500
-"""Characters; the limit of the HTTP API."""
+MAX_REASON_LENGTH = 500  # characters; the limit of the HTTP API
 
 
 def _command(name: str, *, enabled: bool, summary: str, help_text: str) -> click.Command:
@@ -66,7 +68,7 @@ def _switch(tenant: str | None, wanted: bool, *, reason: str, yes: bool, dry_run
         if not yes:
             click.confirm(f"Switch {FLAG_KEY} of {name} from {old} to {new}?", abort=True)
             reason = reason or _checked(click.prompt("Why? (may be empty)", default="", show_default=False))
-        after = service.operations.set_enabled(name, enabled=wanted, actor=actor(), reason=reason)
+        after = service.operations.set_enabled(name, enabled=wanted, actor=_actor(), reason=reason)
     if after.enabled is not wanted:
         problem = f"{name}: the API took the value and still answers the old one; check `external-oms status`"
         raise CommandError(problem, ExitCode.UNKNOWN)
@@ -90,3 +92,12 @@ def _read(service: Service, tenant: str, *, required: bool) -> State | None:
             raise
         click.echo(f"The present value is not known: {error}", err=True)
         return None
+
+
+def _actor() -> str:
+    """Return the name of the user, as the history shows it."""
+    try:
+        name = getpass.getuser()
+    except (KeyError, OSError):  # no entry for this user, as in many containers
+        name = f"uid {os.getuid()}"
+    return "cli:" + re.sub(r"[^\w.@+-]", "_", name)[:60]

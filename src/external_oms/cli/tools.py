@@ -7,11 +7,9 @@ import json
 import os
 import secrets
 import sys
-import time
 import uuid
-from collections.abc import Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
-from http import HTTPStatus
 from typing import IO
 from urllib.parse import urlsplit
 
@@ -32,14 +30,9 @@ from external_oms.web.webhook import PATH
 
 __all__ = ["keys", "webhook"]
 
-TIMEOUT_SECONDS = 15.0
-"""The receiver answers after the read that the delivery causes: three times the default of timeout_seconds."""
-
-MAX_SHOWN_LENGTH = 2000
-"""Characters of a response that are shown; ours has some hundred."""
-
-SECRET_BYTES = 32
-"""Standard Webhooks asks for 24 to 64."""
+TIMEOUT_SECONDS = 15.0  # the receiver answers after the read that follows: three times the default of timeout_seconds
+MAX_SHOWN_LENGTH = 2000  # characters of a response; ours has some hundred
+SECRET_BYTES = 32  # Standard Webhooks asks for 24 to 64
 
 
 @click.group()
@@ -80,10 +73,9 @@ def secret() -> None:
 
     The secret is stored nowhere. To replace one, configure both until the sender uses the new one.
     """
-    made = f"whsec_{base64.b64encode(secrets.token_bytes(SECRET_BYTES)).decode()}"
     if sys.stdout.isatty():
         click.echo("A secret for webhook_secrets (EXTERNAL_OMS_WEBHOOK_SECRETS) and for the sender:\n")
-    click.echo(made)
+    click.echo(f"whsec_{base64.b64encode(secrets.token_bytes(SECRET_BYTES)).decode()}")
 
 
 @webhook.command(short_help="Sign a delivery, send it, and show the response.")
@@ -92,75 +84,68 @@ def secret() -> None:
 @click.option("--id", "delivery_id", metavar="ID", help="The webhook-id, to repeat a delivery; a new one by default.")
 @click.option("--bearer", is_flag=True, help="Send an API key as a bearer token instead of a signature.")
 @click.option("--secret-file", type=click.File("r"), help="Read the secret, or the key, from a file; - is stdin.")
-def send(url: str, tenant: str | None, delivery_id: str | None, bearer: bool, secret_file: IO[str] | None) -> None:
+@click.pass_context
+def send(
+    ctx: click.Context, url: str, tenant: str | None, delivery_id: str | None, bearer: bool, secret_file: IO[str] | None
+) -> None:
     """Sign a delivery, send it, and show the response.
 
     The first of webhook_secrets signs, by Standard Webhooks. With --bearer, or if only webhook_api_keys is set, the
     first key is sent instead. Exits with 1 unless the response is 200 or 202.
     """
     host = _host_of(url)
-    bearer = bearer or (secret_file is None and not _configured("webhook_secrets") and bool(_configured(_KEYS)))
-    setting = _KEYS if bearer else "webhook_secrets"
-    shared = secret_file.read().strip() if secret_file else next(iter(_configured(setting)), "")
+    bearer = bearer or (secret_file is None and not _first("webhook_secrets") and bool(_first("webhook_api_keys")))
+    setting = "webhook_api_keys" if bearer else "webhook_secrets"
+    shared = secret_file.read().strip() if secret_file else _first(setting)
     if not shared:
-        raise CommandError(f"no secret: set {ENV_PREFIX}{setting.upper()}, or use --secret-file", ExitCode.REFUSED)
+        problem = f"no secret: set {ENV_PREFIX}{setting.upper()}, or use --secret-file"
+        raise CommandError(problem, ExitCode.REFUSED)
     if bearer and url.startswith("http:") and not is_loopback(host):
-        raise CommandError(
-            "an API key is sent over plain http on loopback only; use https, or a signature", ExitCode.REFUSED
-        )
+        problem = "an API key is sent over plain http on loopback only; use https, or a signature"
+        raise CommandError(problem, ExitCode.REFUSED)
     delivery_id = delivery_id or f"msg_{uuid.uuid4().hex}"
-    body = _delivery(tenant or _configured_tenant())
+    body = _delivery(tenant)
     headers = {"Content-Type": "application/json", **_credentials(body, shared, delivery_id, bearer=bearer)}
     transport = Transport(None, subject="the webhook", url_setting="--url", clock=SYSTEM_CLOCK)
-    began = time.monotonic()
-    with transport.deadline(SYSTEM_CLOCK.monotonic() + TIMEOUT_SECONDS) as deadline:
+    began = SYSTEM_CLOCK.monotonic()
+    with transport.deadline(began + TIMEOUT_SECONDS) as deadline:
         response = transport.send(deadline, "POST", url, headers=headers, body=body)
-    accepted = response.status in {HTTPStatus.OK, HTTPStatus.ACCEPTED}
-    took = duration(time.monotonic() - began)
+    accepted = response.status in {200, 202}
     status = Cell(str(response.status), "green" if accepted else "red", bold=True)
-    print_line(status, f"in {took}, webhook-id {delivery_id}")
+    print_line(status, f"in {duration(SYSTEM_CLOCK.monotonic() - began)}, webhook-id {delivery_id}")
     shown = " ".join(response.body.decode("utf-8", "replace").split())[:MAX_SHOWN_LENGTH]
     if shown:
         print_line(shown)
-    if not accepted:
-        click.get_current_context().exit(ExitCode.FAILED)
-
-
-_KEYS = "webhook_api_keys"
+    ctx.exit(ExitCode.DONE if accepted else ExitCode.FAILED)
 
 
 def _host_of(url: str) -> str:
-    try:
+    with suppress(ValueError):
         parts = urlsplit(url)
-        host = parts.hostname
-    except ValueError:
-        parts, host = None, None
-    if parts is None or host is None or parts.scheme not in {"http", "https"} or parts.username is not None:
-        raise click.BadParameter("must be an http or https address without credentials", param_hint="--url")
-    return host
+        if parts.hostname and parts.scheme in {"http", "https"} and parts.username is None:
+            return parts.hostname
+    raise click.BadParameter("must be an http or https address without credentials", param_hint="--url")
 
 
-def _configured(setting: str) -> Sequence[str]:
-    """Return the secrets of a setting. A mere sender needs no other setting, so the environment alone is enough."""
+def _first(setting: str) -> str:
+    """Return the first secret of a setting. A mere sender needs no other setting, so the environment is enough."""
     text = os.environ.get(f"{ENV_PREFIX}{setting.upper()}", "")
     try:
         found = listed(text) if text else [one.get_secret_value() for one in getattr(Settings(), setting)]
     except SettingsError:  # nothing is configured here except, perhaps, a file with the secret
-        return []
+        return ""
     except ValueError as error:
         raise CommandError(f"{setting}: must be JSON or separated by commas", ExitCode.REFUSED) from error
-    return [str(one) for one in found] if isinstance(found, list) else []
-
-
-def _configured_tenant() -> str | None:
-    try:
-        return Settings().tenant
-    except SettingsError:
-        return os.environ.get(f"{ENV_PREFIX}TENANT") or None
+    return str(found[0]) if isinstance(found, list) and found else ""
 
 
 def _delivery(tenant: str | None) -> bytes:
     """Return the envelope of the platform; without a tenant it means the only one of the receiver."""
+    if tenant is None:
+        try:
+            tenant = Settings().tenant
+        except SettingsError:
+            tenant = os.environ.get(f"{ENV_PREFIX}TENANT")
     now = format_instant(datetime.fromtimestamp(SYSTEM_CLOCK.wall(), UTC))
     envelope: dict[str, object] = {"name": "external_oms.changed", "published_at": now, "payload": {}}
     return json.dumps({"tenant": tenant, **envelope} if tenant else envelope).encode()
