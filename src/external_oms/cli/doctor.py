@@ -51,6 +51,7 @@ class Finding(NamedTuple):
     advice: str = ""
 
 
+_VARIANTS = {None: "no value", True: "on", False: "off"}
 _COLORS = {"ok": "green", "note": "yellow", "fail": "red"}
 
 
@@ -69,12 +70,15 @@ def doctor(ctx: click.Context, as_json: bool) -> None:
     def report(finding: Finding) -> None:
         findings.append(finding)
         if not as_json:
-            _print(finding)
+            verdict = finding.verdict.upper() if finding.verdict == "fail" else finding.verdict
+            advice = [Cell(f"— {finding.advice}", bold=True)] if finding.advice else []
+            check = Cell(f"{finding.check:<8}", bold=True)
+            print_line(Cell(f"{verdict:<4}", _COLORS[finding.verdict]), check, finding.message, *advice)
 
     try:
         settings = load_settings()
     except SettingsError as error:
-        report(Finding("settings", "fail", str(error), "docs/settings.md of the project lists them all"))
+        report(Finding("settings", "fail", str(error)))
         code = ExitCode.REFUSED
     else:
         rows = list(describe_settings(settings, os.environ))
@@ -89,17 +93,6 @@ def doctor(ctx: click.Context, as_json: bool) -> None:
         checks = [finding._asdict() for finding in findings]
         print_json({"ok": code == ExitCode.DONE, "checks": checks, "settings": described})
     ctx.exit(code)
-
-
-def _print(finding: Finding) -> None:
-    verdict = finding.verdict.upper() if finding.verdict == "fail" else finding.verdict
-    advice = [Cell(f"— {finding.advice}", bold=True)] if finding.advice else []
-    print_line(
-        Cell(f"{verdict:<4}", _COLORS[finding.verdict]),
-        Cell(f"{finding.check:<8}", bold=True),
-        finding.message,
-        *advice,
-    )
 
 
 def describe_settings(settings: Settings, environ: Mapping[str, str]) -> Iterator[tuple[str, str, str]]:
@@ -127,12 +120,7 @@ def _describe(name: str, value: object) -> str:
 
 
 def examine(settings: Settings, *, clock: Clock) -> Iterator[Finding]:
-    """Check everything that the settings lead to, and yield each finding as soon as it is made.
-
-    Args:
-        settings: The settings, with the store that the command uses.
-        clock: Tells the time.
-    """
+    """Check everything that the settings lead to, and yield each finding as soon as it is made."""
     settings, problem = settings.replaced(refresh="lazy"), ""
     try:
         service = build_service(settings, clock=clock)
@@ -163,9 +151,7 @@ def _check_tenant(tenant: str, service: Service, *, compare: bool) -> Iterator[F
         yield Finding("read", "fail", "not tried without a token", "fix the token first")
         return
     how = f"obtained in {duration(clock.monotonic() - began)}" if source.renews else "configured as access_token"
-    claims = claims_of(token)
-    yield _check_expiry(how, claims, now_wall=clock.wall())
-    yield _check_scopes(claims)
+    yield from _check_token(how, claims_of(token), now_wall=clock.wall())
     began = clock.monotonic()
     try:
         document = service.clients[tenant].read().document
@@ -175,7 +161,7 @@ def _check_tenant(tenant: str, service: Service, *, compare: bool) -> Iterator[F
     enabled = None if document is None else document.enabled
     changed = f", changed upstream {format_instant(document.updated_at)}" if document and document.updated_at else ""
     took = f"in {duration(clock.monotonic() - began)}{changed}, from {reached.config_url(tenant)}"
-    yield Finding("read", "ok", f"{_variant(enabled)}, {took}")
+    yield Finding("read", "ok", f"{_VARIANTS[enabled]}, {took}")
     if compare:
         yield _compare(tenant, enabled, service)
 
@@ -200,29 +186,29 @@ def claims_of(token: str) -> Mapping[str, object] | None:
     return claims if isinstance(claims, dict) else None
 
 
-def _check_expiry(how: str, claims: Mapping[str, object] | None, *, now_wall: float) -> Finding:
-    expires = claims.get("exp") if claims else None
-    if isinstance(expires, bool) or not isinstance(expires, int | float) or not abs(expires) < MAX_EXP:
-        return Finding("token", "ok", how)
-    left = expires - now_wall
-    if left > 0:
-        return Finding("token", "ok", f"{how}; expires in {left:.0f} s")
-    advice = "configure a new one, or client_id and client_secret; if it is new, check the clock of this host"
-    return Finding("token", "fail", f"{how}; expired {-left:.0f} s ago", advice)
-
-
-def _check_scopes(claims: Mapping[str, object] | None) -> Finding:
+def _check_token(how: str, claims: Mapping[str, object] | None, *, now_wall: float) -> Iterator[Finding]:
+    """Check the expiry and the scopes that a token claims."""
     if claims is None:
-        return Finding("scopes", "ok", "unknown, since the token is opaque")
-    told = claims.get("scope", claims.get("scp"))
+        yield Finding("token", "ok", how)
+        yield Finding("scopes", "ok", "unknown, since the token is opaque")
+        return
+    expires, told = claims.get("exp"), claims.get("scope", claims.get("scp"))
+    if isinstance(expires, bool) or not isinstance(expires, int | float) or not abs(expires) < MAX_EXP:
+        yield Finding("token", "ok", how)
+    elif expires > now_wall:
+        yield Finding("token", "ok", f"{how}; expires in {expires - now_wall:.0f} s")
+    else:
+        advice = "configure a new one, or client_id and client_secret; if it is new, check the clock of this host"
+        yield Finding("token", "fail", f"{how}; expired {now_wall - expires:.0f} s ago", advice)
     scopes = told.split() if isinstance(told, str) else [str(scope) for scope in told] if isinstance(told, list) else []
-    if not scopes:
-        return Finding("scopes", "ok", "the token names none")
+    needed = ((READ_SCOPE, "a read"), (WRITE_SCOPE, "enable or disable"))
+    advice = next(
+        (f"if {use} is refused, give the API client {scope}" for scope, use in needed if scope not in scopes), ""
+    )
     message = f"{' '.join(sorted(scopes))} (claimed by the token, not verified)"
-    for scope, needed in ((READ_SCOPE, "a read"), (WRITE_SCOPE, "enable or disable")):
-        if scope not in scopes:
-            return Finding("scopes", "note", message, f"if {needed} is refused, give the API client {scope}")
-    return Finding("scopes", "ok", message)
+    if not scopes:
+        message, advice = "the token names none", ""
+    yield Finding("scopes", "note" if advice else "ok", message, advice)
 
 
 def _compare(tenant: str, enabled: bool | None, service: Service) -> Finding:
@@ -231,18 +217,14 @@ def _compare(tenant: str, enabled: bool | None, service: Service) -> Finding:
         service.store.transact(tenant, lambda entry, _: Change(entry, None))  # a replica knows what others wrote later
     state = service.cache.state(tenant)
     if state.enabled is None or enabled is None:
-        return Finding("value", "ok", f"the store has {_variant(state.enabled)}, the API {_variant(enabled)}")
+        return Finding("value", "ok", f"the store has {_VARIANTS[state.enabled]}, the API {_VARIANTS[enabled]}")
     fresh = state.freshness is Freshness.FRESH
     left = f" for another {duration(state.fresh_seconds)}" if fresh else ""
-    stored = f"the store has {_variant(state.enabled)} ({state.freshness}{left}, generation {state.generation})"
+    stored = f"the store has {_VARIANTS[state.enabled]} ({state.freshness}{left}, generation {state.generation})"
     if state.enabled is enabled:
         return Finding("value", "ok", f"{stored}, as the API")
     advice = "no delivery has arrived since the change; `external-oms webhook send` sends one"
-    return Finding("value", "fail" if fresh else "note", f"{stored}, but the API answers {_variant(enabled)}", advice)
-
-
-def _variant(enabled: bool | None) -> str:
-    return "no value" if enabled is None else "on" if enabled else "off"
+    return Finding("value", "fail" if fresh else "note", f"{stored}, but the API answers {_VARIANTS[enabled]}", advice)
 
 
 def _check_clock(settings: Settings, clock: Clock) -> Finding:
