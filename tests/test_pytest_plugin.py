@@ -262,8 +262,9 @@ def test_the_plugin_brings_nothing_of_the_server_until_a_fixture_is_used(pyteste
     pytester.makepyfile("""
         import sys
 
-        def test_nothing_heavy(pytestconfig):
+        def test_nothing_heavy(pytestconfig, external_oms_enabled):
             assert pytestconfig.pluginmanager.hasplugin("external_oms")
+            external_oms_enabled(True)
             heavy = {"flask", "werkzeug", "redis", "standardwebhooks", "prometheus_client", "click"}
             assert not heavy & set(sys.modules)
 
