@@ -292,18 +292,28 @@ def test_an_unknown_name_in_the_file_is_refused(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setenv("EXTERNAL_OMS_CONFIG_FILE", str(file))
     error = _refused(**ONE)
     assert error.setting == "tennant"
-    assert str(error) == f"tennant: no such setting (in {file}); did you mean `tenant`?"
+    assert str(error) == f"tennant: no such setting (in {file}, line 1); did you mean `tenant`?"
 
 
 @pytest.mark.parametrize(
     ("content", "given", "said"),
     [
-        ('ttl_seconds = "30s"', {}, "ttl_seconds: '30s' given (in {file}); must be seconds"),
-        ("webhook_secrets = 7", {}, "webhook_secrets: is wrong (in {file}); must be a list"),
+        ('ttl_seconds = "30s"', {}, "ttl_seconds: '30s' given (in {file}, line 1); must be seconds"),
+        ("webhook_secrets = 7", {}, "webhook_secrets: is wrong (in {file}, line 1); must be a list"),
         (
             "[external_oms]\nttl_seconds = 30",
             {},
-            "external_oms: no such setting (in {file}); settings stand at the top",
+            "external_oms: no such setting (in {file}, line 1); settings stand at the top",
+        ),
+        (
+            'tenants.b.access_token = "t"\n\n[tenants.a]\n"base-url" = 7',
+            {},
+            "tenants.a.base-url: no such setting (in {file}, line 4); did you mean `base_url`?",
+        ),
+        (
+            "[tenants.a]\nbase_url = 7\n[tenants.b]\nbase_url = 'https://b'",
+            {},
+            "tenants.a.base_url: '7' given (in {file}); must be text",
         ),
         ("ttl_seconds = 60", {"ttl_seconds": "30s"}, "ttl_seconds: '30s' given; must be seconds"),
     ],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -77,10 +77,21 @@ SecondsOrNone = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=1_000_000_000)]
 
 
-def _file_of(setting: str, keywords: Mapping[str, object]) -> str | None:
-    """Return the TOML file if a setting comes from there, since neither a keyword nor the environment has it."""
-    elsewhere = setting in keywords or f"{ENV_PREFIX}{setting}".upper() in os.environ
-    return None if elsewhere else os.environ.get(CONFIG_FILE_VARIABLE)
+def _file_of(place: Sequence[int | str], keywords: Mapping[str, object]) -> str | None:
+    """Return the TOML file, and the line if it is clear, where neither a keyword nor the environment has the setting.
+
+    Args:
+        place: The names that lead to the setting.
+        keywords: The settings given by keyword.
+    """
+    setting, file = str(place[0]), os.environ.get(CONFIG_FILE_VARIABLE)
+    if file is None or setting in keywords or f"{ENV_PREFIX}{setting}".upper() in os.environ:
+        return None
+    name = next(part for part in reversed(place) if isinstance(part, str) and not part.startswith("function-"))
+    defined = re.compile(rf"""\s*\[?(?:[\w"'-]+\.)*["']?{re.escape(name)}["']?\s*[=\]]""")
+    lines = Path(file).expanduser().read_text(encoding="utf-8").splitlines()
+    numbers = [number for number, line in enumerate(lines, start=1) if defined.match(line)]
+    return f"{file}, line {numbers[0]}" if len(numbers) == 1 else file
 
 
 class _TomlFile(PydanticBaseSettingsSource):
@@ -237,7 +248,7 @@ class Settings(BaseSettings):
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             # Without pydantic's error: it may quote the input, which may be a secret.
-            raise settings_error(first, fields, file=_file_of(str(first["loc"][0]), given)) from None
+            raise settings_error(first, fields, file=_file_of(first["loc"], given)) from None
         self._refuse_contradictions()
 
     @classmethod
