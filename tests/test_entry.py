@@ -276,6 +276,11 @@ def test_a_read_that_nothing_overtook_ends_the_staleness() -> None:
     assert is_current(stored)
 
 
+def test_a_read_ends_the_doubt_about_a_value_that_could_not_be_verified() -> None:
+    stored = read(Entry(token=1, snapshot=snapshot(), verified=False), OFF, read_at=READ_AT + 6.0).entry
+    assert (stored.verified, is_current(stored), stored.snapshot and stored.snapshot.enabled) == (True, True, False)
+
+
 def test_a_lease_that_a_later_one_replaced_stores_nothing() -> None:
     first = granted(Entry())
     second = granted(first.entry, holder="them", now=READ_AT + LEASE_SECONDS)

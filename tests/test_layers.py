@@ -24,10 +24,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("cache",),
     ("heartbeat", "operations"),
     ("wiring",),
-    ("sdk",),
+    ("sdk", "override"),
     ("provider",),
     ("__init__",),
-    ("emulated",),
     ("emulator",),
     ("testing",),
     ("pytest_plugin", "web"),
@@ -39,14 +38,13 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 FOREIGN: dict[str, tuple[str, ...]] = {
     "cachetools": ("stores.memory",),
     "click": ("cli",),
-    "flask": ("web", "emulator", "emulated"),
+    "flask": ("web", "emulator"),
     "gunicorn": ("web", "cli"),
     "itsdangerous": ("web",),
     "jinja2": ("web",),
     "limits": ("web",),
     "markupsafe": ("web",),
-    "openfeature": ("resolution", "provider", "sdk", "testing", "pytest_plugin", "web"),
-    "platformdirs": ("cli",),
+    "openfeature": ("resolution", "provider", "sdk", "override", "web"),
     "prometheus_client": ("web.gauges", "web.metrics"),
     "pydantic": ("tenants", "settings", "auth"),
     "pydantic_core": ("settings_errors",),
@@ -54,10 +52,9 @@ FOREIGN: dict[str, tuple[str, ...]] = {
     "pytest": ("pytest_plugin",),
     "redis": ("stores.redis_client",),
     "requests": ("transport", "auth", "client", "wiring", "provider"),
-    "rich": ("cli",),
     "standardwebhooks": ("signature",),
     "urllib3": ("transport",),
-    "werkzeug": ("web", "emulator", "emulated"),
+    "werkzeug": ("web", "emulator"),
 }
 """Every foreign library and the modules that may import it, anywhere in their code."""
 
@@ -71,6 +68,9 @@ LATE_ONLY = (
     "prometheus_client",
     "gunicorn",
     "pytest",
+    "requests",
+    "urllib3",
+    "cachetools",
 )
 """What `import external_oms` must not import."""
 

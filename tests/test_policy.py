@@ -140,6 +140,13 @@ def test_an_entry_that_could_not_be_verified_is_stale_from_now_on() -> None:
     assert judge(entry, READ_AT + 50.0).freshness is Freshness.EXPIRED, "its windows count from the end of its lifetime"
 
 
+def test_a_value_that_the_store_has_lost_is_read_again_at_once() -> None:
+    entry = Entry(token=1, snapshot=snapshot(), verified=False)
+    assert refresh_at(entry, now=READ_AT + 5.0, random=0.5) == READ_AT + 5.0
+    owed = replace(entry, generation=1)  # what is owed is repeated to the store first, and the read follows that
+    assert refresh_at(owed, now=READ_AT + 5.0, random=0.5) > READ_AT + 20.0
+
+
 @pytest.mark.parametrize("age", [-0.2, 0.0, 10.0])
 def test_clocks_of_two_hosts_that_differ_never_make_an_invalidated_value_fresh(age: float) -> None:
     entry = Entry(1, READ_AT + 10.3, READ_AT + 10.3, 1, snapshot=snapshot())

@@ -223,7 +223,9 @@ class Cache:
             if len(self.tenants) == 1:
                 return self.tenants[0]
             raise TenantError(None, "several tenants are configured and the call names none; name it as `tenant`")
-        raise TenantError(str(name)[:80], f"tenant {str(name)[:80]!r} is not configured")
+        if not isinstance(name, str):  # its text may be long, or may raise
+            raise TenantError(None, f"a tenant's name is a text, and not of type {type(name).__name__}")
+        raise TenantError(name[:80], f"tenant {name[:80]!r} is not configured")
 
     # -- evaluate ---------------------------------------------------------------------------------------------------
 
@@ -304,16 +306,18 @@ class Cache:
         return replace(evaluation, source=Source.API) if own else evaluation
 
     def _evaluate(self, state: _Tenant, *, failing: bool = False) -> Evaluation:
-        entry = self._load(state)
+        entry, now = self._load(state), self._clock.monotonic()
+        published = state.published
+        if published is not None and published.entry is entry and now < published.fresh_until and not failing:
+            return published  # it was fresh, and still is
         evaluation = evaluate(
             state.tenant,
             entry,
-            now=self._clock.monotonic(),
+            now=now,
             windows=self._windows,
             source=Source.STORE if self._is_foreign(entry) else Source.MEMORY,
             failing=failing,
         )
-        published = state.published
         if published is None:
             changed = entry.snapshot is not None or entry.failure is not None
         else:

@@ -87,6 +87,15 @@ def test_a_repeated_id_is_a_duplicate_and_changes_nothing_at_all(server: Server)
     assert (server.api.reads(TENANT), history(server), versions[index]) == before
 
 
+def test_a_repeated_id_is_a_duplicate_however_short_the_history_is_kept(start: StartServer) -> None:
+    server = start(history_seconds=1e-3)
+    assert server.deliver(delivery_id="msg_same").status_code == 200
+    wait_until(lambda: history(server) == [])
+    again = server.deliver(delivery_id="msg_same").json
+    assert again is not None
+    assert (again["duplicate"], again["generation"]) == (True, 1)
+
+
 def test_a_delivery_leaves_a_row_with_its_generation_and_the_read_after_it_rows_of_its_own(server: Server) -> None:
     assert server.parts.provider.enabled() is False
     server.api.set_enabled(TENANT, True)
@@ -239,6 +248,7 @@ def forgeries() -> dict[str, dict[str, Any]]:
         "another secret": {"headers": foreign},
         "another id": {"headers": {**good, "webhook-id": "other"}},
         "another moment": {"headers": {**good, "webhook-timestamp": str(int(time()) - 1)}},
+        "a zero before the moment": {"headers": {**good, "webhook-timestamp": f"0{good['webhook-timestamp']}"}},
         "another body": {"headers": good, "data": body + b" "},
         "no signature": {"headers": {name: good[name] for name in ("webhook-id", "webhook-timestamp")}},
         "not base64": {"headers": {**good, "webhook-signature": "v1,%%%"}},

@@ -89,9 +89,9 @@ class Limits:
         if self._wall() >= self._rests_until:
             try:
                 self._refuse_unless(admits, shared, item, what, who)
-            except StorageError:
+            except (StorageError, ValueError):  # ValueError: another program has put a text in the place of a count
                 self._rests_until = self._wall() + REST_SECONDS
-                _logger.warning("rate limits are counted per process: the shared counter does not answer")
+                _logger.warning("rate limits are counted per process: the shared counter cannot be used")
             else:
                 return
         self._refuse_unless(admits, own, item, what, who)
