@@ -58,7 +58,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "etag, lease.generation, lease.token, read_at",
         "etag, entry.generation, lease.token, read_at",
     ),
-    Mutant("a stored value forgets that it was overtaken", "entry", "stale_since=overtaken_at)", "stale_since=None)"),
+    Mutant("a stored value forgets that it was overtaken", "entry", "stale_since=overtaken_at, verified", "stale_since=None, verified"),
     Mutant("the lease is not fenced in commit", "entry", "    if not _holds(entry, lease):\n        return Change(entry, None)\n    known", "    known"),
     Mutant("the lease is not fenced in fail", "entry", "    if not _holds(entry, lease):\n        return Change(entry, None)\n    before", "    before"),
     Mutant("an overtaken read is thrown away", "entry", "    known = entry.snapshot\n    overtaken_at", "    if lease.generation < entry.generation:\n        return Change(replace(entry, lease=None), entry.snapshot)\n    known = entry.snapshot\n    overtaken_at"),
