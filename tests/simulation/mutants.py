@@ -62,7 +62,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "etag, lease.generation, lease.token, read_at",
         "etag, entry.generation, lease.token, read_at",
     ),
-    Mutant("a stored value forgets that it was overtaken", "entry", "stale_since=overtaken_at)", "stale_since=None)", seed=324),
+    Mutant("a stored value forgets that it was overtaken", "entry", "stale_since=overtaken_at, verified", "stale_since=None, verified", seed=324),
     Mutant("the lease is not fenced in commit", "entry", "    if not _holds(entry, lease):\n        return Change(entry, None)\n    known", "    known", seed=6),
     Mutant("the lease is not fenced in fail", "entry", "    if not _holds(entry, lease):\n        return Change(entry, None)\n    before", "    before", seed=157),
     Mutant("an overtaken read is thrown away", "entry", "    known = entry.snapshot\n    overtaken_at", "    if lease.generation < entry.generation:\n        return Change(replace(entry, lease=None), entry.snapshot)\n    known = entry.snapshot\n    overtaken_at", seed=8),
