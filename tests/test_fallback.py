@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from itertools import pairwise
@@ -13,7 +14,8 @@ import pytest
 from external_oms.config import Document, Reading
 from external_oms.entry import Entry, Granted, Invalidated, Invalidation, begin_read, commit, is_current
 from external_oms.errors import LaggingAnswer, StoreBusy, StoreError
-from external_oms.policy import Freshness
+from external_oms.policy import Freshness, Windows, evaluate
+from external_oms.policy import Source as ValueSource
 from external_oms.records import Cause, Event, Member
 from external_oms.stores.fallback import Fallback
 from external_oms.stores.memory import MemoryStore
@@ -187,6 +189,7 @@ def test_an_invalidation_by_another_process_reaches_one_that_cannot_write_the_st
     other = Process(clock, data=process.shared.data, holder="other")
     process.read()
     process.store.load(TENANT)
+    process.store.version_ref(TENANT)  # as a cache does
     process.fail()
     process.shared.fault = None
     process.store.poll()
@@ -313,6 +316,49 @@ def test_between_the_recovery_and_the_repetition_nothing_old_is_verified(process
     assert process.store.load(TENANT).verified
 
 
+def test_what_is_owed_by_an_invalidation_during_the_repetition_is_repeated_too(process: Process) -> None:
+    process.fail()
+    process.invalidate()
+    transact = process.shared.transact
+    late: list[Invalidated] = []
+
+    def meanwhile(*given: object, **more: object) -> object:
+        if process.store.health().ok and not late:  # the repetition, after the probe
+            process.shared.transact = transact  # type: ignore[method-assign]  # as it was
+            process.shared.fault = StoreBusy("in use")
+            late.append(process.invalidate()[0])
+            process.shared.fault = None
+        return transact(*given, **more)  # type: ignore[arg-type]  # handed on as it came
+
+    process.shared.transact = meanwhile  # type: ignore[method-assign, assignment]  # to come in between
+    process.recover()
+    assert late
+    assert not process.store.load(TENANT).verified
+    process.store.poll()
+    assert process.store.load(TENANT).verified
+    assert process.shared.data.load(TENANT).generation > late[0].generation
+
+
+def test_a_value_that_could_not_be_verified_is_stale_for_a_process_that_works_alone_until_it_reads(
+    process: Process, clock: FakeClock
+) -> None:
+    process.read()
+    process.store.load(TENANT)
+    load = process.shared.load
+    process.shared.load = lambda tenant: replace(load(tenant), verified=False)  # type: ignore[method-assign]  # a fork
+    process.store.load(TENANT)
+    process.fail()
+    clock.advance(0.1)
+
+    def freshness() -> Freshness:
+        entry, windows = process.store.load(TENANT), Windows(30.0, 30.0, 3600.0)
+        return evaluate(TENANT, entry, now=clock.monotonic(), windows=windows, source=ValueSource.MEMORY).freshness
+
+    assert freshness() is Freshness.STALE
+    process.read()
+    assert freshness() is Freshness.FRESH
+
+
 def test_delivery_ids_are_not_remembered_by_a_process_that_works_alone(process: Process) -> None:
     process.fail()
     assert [process.invalidate("id")[0].duplicate for _ in range(3)] == [False] * 3
@@ -332,7 +378,7 @@ def test_a_store_that_lost_its_data_gets_a_generation_above_the_one_that_was_kno
     process.shared.data._entries.clear()
     entry = process.store.load(TENANT)
     assert (entry.generation, entry.verified) == (5, False)
-    assert "has lost generation 5" in caplog.text
+    assert "has lost data of tenant" in caplog.text
     process.store.poll()
     assert process.shared.data.load(TENANT).generation == 6
     kept = process.store.load(TENANT)
