@@ -72,6 +72,10 @@ MAX_VERSION = 1 << 61
 BUSY_SECONDS = 2.0
 """How long opening waits for transactions of other processes, which take well under 1 ms."""
 
+LOG_PAGES = 200
+"""How many pages of 4 KiB the log holds before its content goes into the database: with SQLite's own 1000 pages the log
+alone fills a disk of 4 MB, and a full disk keeps the log from being emptied."""
+
 _PARTS = ("", "-wal", "-shm", "-generations")
 _VERSION_TABLE = "-generations"
 
@@ -125,6 +129,7 @@ class OpenFile:
         connection = _connect(self.path, wait_seconds)
         try:
             connection.execute("PRAGMA synchronous = NORMAL")
+            connection.execute(f"PRAGMA wal_autocheckpoint = {LOG_PAGES}")
             # an inode is used again once the last connection to it is closed, so its number is not enough
             if not self.has_its_name() or _service(connection)[0] != self.identity:
                 raise sqlite3.OperationalError("another file has its name")
