@@ -96,7 +96,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("an invalidation is owed once the local store has shown it", "stores.fallback", "        results = self._invalidate_alone(local, tenant, unnamed)\n", "        results = local.transact(tenant, partial(invalidate, requests=unnamed))\n"),
     Mutant("what is owed is repeated without raising the generation above ours", "stores.fallback", "    at_least = max(owed, known.generation) + 1", "    at_least = 0"),
     Mutant("a recovered store is believed before what is owed is repaid", "stores.fallback", "            if tenant in self.owed:\n                generation", "            if False:\n                generation"),
-    Mutant("a store that lost the generation is believed", "stores.fallback", "    return entry.generation < known.generation or entry.token < known.token or _read(entry) < _read(known)", "    return False"),
+    Mutant("a store that lost the generation is believed", "stores.fallback", "    value, known_value = entry.snapshot, known.snapshot\n    return (\n", "    value, known_value = entry.snapshot, known.snapshot\n    return False and (\n"),
     Mutant("an invalidation that meets a failure of the store is not taken alone", "stores.fallback", "                self._known.raise_to(tenant, generation)  # a local store that is made from now on begins with it\n                if self._local is not None:\n                    self._invalidate_alone(self._local, tenant, [Invalidation()], shared=generation)\n", ""),
     Mutant("a failed store leaves the old version words in force", "stores.fallback", "        self._touch_all(self._shared)\n        return local", "        return local"),
     Mutant("a store that failed is never used again", "stores.fallback", "        self._recover(local)\n", ""),

@@ -98,12 +98,12 @@ class _Known:
             seen: What was known before the entry was loaded: only a store that lost data returns less than that.
         """
         with self._lock:
-            known = self.get(tenant)
+            known = self.entries.get(tenant, _EMPTY)
             is_lost = _is_behind(entry, seen)
             is_news = is_lost and tenant not in self.owed
             if is_lost:
                 self.owed.setdefault(tenant, 0)
-            elif _is_behind(entry, known):  # another thread has loaded a later one
+            elif known is not seen and _is_behind(entry, known):  # another thread has loaded a later one
                 return known, False
             if tenant in self.owed:
                 generation = max(entry.generation, known.generation, self.owed[tenant])
@@ -124,12 +124,12 @@ def _is_behind(entry: Entry, known: Entry) -> bool:
     """
     if max(known.generation, known.token) >= MAX_COUNTER - 1:
         return False
-    return entry.generation < known.generation or entry.token < known.token or _read(entry) < _read(known)
-
-
-def _read(entry: Entry) -> int:
-    """Return the token of the read that brought the value; 0 without a value."""
-    return 0 if entry.snapshot is None else entry.snapshot.token
+    value, known_value = entry.snapshot, known.snapshot
+    return (
+        entry.generation < known.generation
+        or entry.token < known.token
+        or (known_value is not None and (value is None or value.token < known_value.token))
+    )
 
 
 def _completed(entry: Entry, known: Entry) -> Entry:
@@ -139,7 +139,7 @@ def _completed(entry: Entry, known: Entry) -> Entry:
     """
     completed = replace(entry, token=known.token, lease=None) if known.token > entry.token else entry
     stored, better, failure = entry.snapshot, known.snapshot, known.failure
-    if better is None or _read(entry) >= better.token:
+    if better is None or (stored is not None and stored.token >= better.token):
         return completed
     if stored is not None and stored.read_at >= better.read_at:  # the tokens began again
         return replace(completed, snapshot=replace(stored, token=better.token))
@@ -231,7 +231,7 @@ class Fallback:
         if local is not None:
             self._known.entries.setdefault(tenant, _EMPTY)
             return local.load(tenant)
-        seen = self._known.get(tenant)
+        seen = self._known.entries.get(tenant, _EMPTY)
         try:
             entry, is_lost = self._known.take(tenant, self._shared.load(tenant), seen)
         except StoreBusy:

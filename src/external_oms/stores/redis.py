@@ -50,16 +50,16 @@ from external_oms.records import MEMBER_SECONDS, Cause, Event, Member
 from external_oms.stores.base import DELIVERY_ID_SECONDS, Health
 from external_oms.stores.redis_client import Client, client_factory, store_errors, subscription_of
 from external_oms.stores.redis_replica import Replica, Tenant
-from external_oms.stores.redis_scripts import MEMBERS, REPORT, Found, Scripts, decode_rows, encode_version
+from external_oms.stores.redis_scripts import COMPARE_AND_SET, MEMBERS, REPORT, Found, Scripts, decode_rows
 from external_oms.stores.redis_sync import Sync, timeout_of
 
 __all__ = ["RedisStore"]
 
 logger = logging.getLogger("external_oms")
 
-ENTRY_SECONDS = 30 * 86_400.0
-"""How long an entry outlives its last change: longer than any outage, so that the last known value is there after it,
-and a tenant that is no longer configured leaves nothing behind."""
+ENTRY_MS = 30 * 86_400_000
+"""How long an entry outlives its last change, in milliseconds: longer than any outage, so that the last known value is
+there after it, and a tenant that is no longer configured leaves nothing behind."""
 
 BUSY_SECONDS = 2.0
 """How long a transition is tried again while other processes change the same entry."""
@@ -71,6 +71,9 @@ entry that came with the refusal."""
 
 FIRST_PULL_SECONDS = 0.1
 """How long `load` waits in a forked child for the first pull, once: the one wait that an evaluation is allowed."""
+
+DELIVERY_ID_MS = round(DELIVERY_ID_SECONDS * 1000)
+MEMBER_MS = round(MEMBER_SECONDS * 1000)
 
 T = TypeVar("T")
 
@@ -127,6 +130,7 @@ class RedisStore:
         self._clock = clock
         self._history_rows = history_rows
         self._history_seconds = history_seconds
+        self._history_ms = max(1, round(history_seconds * 1000))
         self._random = random or Random()  # noqa: S311 - it spreads load; nothing is secret about it
         self._heard: set[Tenant] = set()
         self._sync = Sync(
@@ -284,23 +288,23 @@ class RedisStore:
             f"{version} {tenant.storage_key}",
             int(found.is_refused),
             f"{version}\n{encode_entry(stored)}",
-            _milliseconds(ENTRY_SECONDS),
+            ENTRY_MS,
             "".join("01"[one in change.claims] for one in ids),
-            _milliseconds(DELIVERY_ID_SECONDS),
+            DELIVERY_ID_MS,
             self._history_rows,
-            _milliseconds(self._history_seconds),
+            self._history_ms,
             max(0, version - round(self._history_seconds * 1e6)),
         ]
         for number, event in enumerate(change.events, version - len(change.events) + 1):
             arguments += [number, encode_event(event)]
-        tenant.writing.add(version)
+        written = replace(found, entry=stored, version=version, expected=b"%d" % version, is_refused=False)
+        tenant.writing.add(written.expected)
         try:
-            conflict = self._scripts.compare_and_set(keys, arguments, ids)
+            conflict = self._scripts.find(COMPARE_AND_SET, keys, arguments, ids)
             if conflict is None:
-                written = replace(found, entry=stored, version=version, expected=encode_version(version))
                 self._replica.adopt(tenant, written, shift(stored, found.early_offset))
         finally:
-            tenant.writing.discard(version)
+            tenant.writing.discard(written.expected)
         return conflict
 
     # -- history and members ------------------------------------------------------------------------------------------
@@ -329,14 +333,14 @@ class RedisStore:
 
     def report(self, members: Sequence[Member]) -> None:
         """Store the heartbeats of this process."""
-        arguments: list[str | bytes | int] = [_milliseconds(MEMBER_SECONDS), _milliseconds(ENTRY_SECONDS)]
+        arguments: list[str | bytes | int] = [MEMBER_MS, ENTRY_MS]
         for member in members:
             arguments += [self._replica.storage_key(member.tenant), encode_member(member)]
         self._scripts.run(REPORT, [self._members_key, f"{self._members_key}:set-aside"], arguments)
 
     def members(self, tenant: str | None = None) -> Sequence[Member]:
         """Return the last heartbeat of each process and tenant."""
-        reply = self._scripts.run(MEMBERS, [self._members_key], [_milliseconds(MEMBER_SECONDS)])
+        reply = self._scripts.run(MEMBERS, [self._members_key], [MEMBER_MS])
         found: dict[tuple[str, str], Member] = {}
         for milliseconds, row in decode_rows(reply[1]) if reply else ():
             with suppress(MalformedError):
@@ -347,10 +351,6 @@ class RedisStore:
                 if is_ours and tenant in {None, member.tenant}:
                     found.setdefault((member.name, member.tenant), member)
         return tuple(found.values())
-
-
-def _milliseconds(seconds: float) -> int:
-    return max(1, round(seconds * 1000))
 
 
 def _events(reply: Iterable[Any]) -> Iterator[Event]:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from external_oms.entry import Entry, shift
-from external_oms.stores.redis_scripts import NOTHING, Found, as_bytes, encode_version
+from external_oms.stores.redis_scripts import NOTHING, Found, as_bytes
 
 __all__ = ["Replica", "State", "Tenant"]
 
@@ -54,7 +54,7 @@ class Tenant:
         self.keys = [f"{self._base}{key}" for key in ("entry", "history", "set-aside:entry", "set-aside:history")]
         self.index = index
         self.state = State()
-        self.writing: set[int] = set()
+        self.writing: set[bytes] = set()
 
     def id_key(self, delivery_id: str) -> str:
         """Return the key of a delivery id: its hash, because senders choose what an id holds."""
@@ -131,10 +131,11 @@ class Replica:
         return changed
 
     def named_in(self, message: bytes | str) -> Tenant | None:
-        """Return the tenant that a message names; None where there is none, or the replica has that version."""
+        """Return the tenant that a message names; None where there is none, or this process has that version."""
         version, _, storage_key = as_bytes(message).partition(b" ")
         tenant = self._by_storage_key.get(storage_key)
-        return None if tenant is None or version == encode_version(tenant.state.found.version) else tenant
+        is_news = tenant is not None and version != tenant.state.found.expected and version not in tenant.writing
+        return tenant if is_news else None
 
     def adopt(self, tenant: Tenant, found: Found, entry: Entry | None = None) -> None:
         """Take what Redis holds into the replica, unless the replica has learned of a later version.
@@ -155,7 +156,7 @@ class Replica:
                 return
             tenant.state = State(found, entry, next(self._orders))
             self.versions[tenant.index] += 1
-            is_own = found.version in tenant.writing
+            is_own = found.expected in tenant.writing
             if not is_own:
                 self._changed.add(tenant.name)
         if not is_own:

@@ -20,6 +20,7 @@ from external_oms.entry import Entry
 from external_oms.stores.redis_client import Client, Server, server_of, store_errors
 
 __all__ = [
+    "COMPARE_AND_SET",
     "MEMBERS",
     "NOTHING",
     "REPORT",
@@ -28,7 +29,6 @@ __all__ = [
     "Scripts",
     "as_bytes",
     "decode_rows",
-    "encode_version",
 ]
 
 Arguments: TypeAlias = Sequence[str | bytes | int]
@@ -131,8 +131,9 @@ class Found:
         is_refused: Whether something is there that is no entry of ours.
         server_us: The time of the server, in microseconds since the epoch.
         seen: Which of the delivery ids exist.
-        sent: When the request was sent, on the clock of this process.
-        received: When the reply came.
+        received: When the reply came, on the clock of this process.
+        early_offset: Seconds from the clock of the server to that of this process, too low by less than the round trip.
+        late_offset: The same, too high by less than the round trip.
         order: The number of the request; a later request has a higher one.
     """
 
@@ -142,19 +143,10 @@ class Found:
     is_refused: bool = False
     server_us: int = 0
     seen: frozenset[str] = frozenset()
-    sent: float = 0.0
     received: float = 0.0
+    early_offset: float = 0.0
+    late_offset: float = 0.0
     order: int = 0
-
-    @property
-    def early_offset(self) -> float:
-        """Seconds from the clock of the server to that of this process, too low by less than the round trip."""
-        return self.sent - self.server_us / 1e6
-
-    @property
-    def late_offset(self) -> float:
-        """Seconds from the clock of the server to that of this process, too high by less than the round trip."""
-        return self.received - self.server_us / 1e6
 
 
 NOTHING = Found()
@@ -181,12 +173,12 @@ def decode_found(
         delivery_ids: The ids whose keys were given to the script, in order.
     """
     text, server_us, *existing = reply
-    version, entry, expected, is_refused = known.version, known.entry, known.expected, False
+    version, entry, expected, is_refused = known.version, known.entry, known.expected, known.is_refused
     if text is not None:
         text = as_bytes(text)
         versioned = _VERSION.match(text)
         expected = versioned[1] if versioned else b""
-        version, entry = 0, Entry()
+        version, entry, is_refused = 0, NOTHING.entry, False
         try:
             if text:
                 entry, version = decode_entry(text[len(expected) :]), int(expected[:_VERSION_DIGITS])
@@ -194,9 +186,20 @@ def decode_found(
         except ValueError:  # a MalformedError, or there is no version
             is_refused = True
         if is_refused:
-            version, entry = 0, Entry()
-    seen = frozenset(compress(delivery_ids, existing))
-    return Found(entry, version, expected, is_refused, int(server_us), seen, sent, received, order)
+            version, entry = 0, NOTHING.entry
+    server = int(server_us)
+    return Found(
+        entry=entry,
+        version=version,
+        expected=expected,
+        is_refused=is_refused,
+        server_us=server,
+        seen=frozenset(compress(delivery_ids, existing)),
+        received=received,
+        early_offset=sent - server / 1e6,
+        late_offset=received - server / 1e6,
+        order=order,
+    )
 
 
 class Scripts:
@@ -234,17 +237,19 @@ class Scripts:
 
     def read(self, keys: Sequence[str], delivery_ids: Sequence[str], known: Found) -> Found:
         """Return the entry of a tenant; Redis sends it only where its version is not the known one."""
-        found = self._find(READ, keys, [encode_version(known.version) or NO_VERSION], delivery_ids, known)
+        found = self.find(READ, keys, [known.expected or NO_VERSION], delivery_ids, known)
         assert found is not None  # noqa: S101 - READ always replies
         return found
 
-    def compare_and_set(self, keys: Sequence[str], arguments: Arguments, delivery_ids: Sequence[str]) -> Found | None:
-        """Store an entry and return None, or return the entry that another process stored meanwhile."""
-        return self._find(COMPARE_AND_SET, keys, arguments, delivery_ids, NOTHING)
-
-    def _find(
-        self, script: str, keys: Sequence[str], arguments: Arguments, delivery_ids: Sequence[str], known: Found
+    def find(
+        self,
+        script: str,
+        keys: Sequence[str],
+        arguments: Arguments,
+        delivery_ids: Sequence[str] = (),
+        known: Found = NOTHING,
     ) -> Found | None:
+        """Run READ or COMPARE_AND_SET; return the entry that is found; None where the given one was stored."""
         order, sent = next(self.orders), self._clock.monotonic()
         reply = self.run(script, keys, arguments)
         received = self._clock.monotonic()
@@ -286,7 +291,7 @@ class Scripts:
             order, sent = next(self.orders), self._clock.monotonic()
             pipeline = server.pipeline(transaction=False)
             for key in group:
-                pipeline.evalsha(sha, 1, key, encode_version(known[key].version) or NO_VERSION)
+                pipeline.evalsha(sha, 1, key, known[key].expected or NO_VERSION)
             answers = pipeline.execute(raise_on_error=False)
             received = self._clock.monotonic()
             for key, answer in zip(group, answers, strict=True):
@@ -309,8 +314,3 @@ def decode_rows(reply: Iterable[Any]) -> Iterator[tuple[int, Mapping[bytes, byte
 def as_bytes(text: str | bytes) -> bytes:
     """Return a text of a reply as bytes; a client that the caller made may decode replies."""
     return text.encode(errors="replace") if isinstance(text, str) else text
-
-
-def encode_version(version: int) -> bytes:
-    """Return a version as the scripts have it, and as a message holds it; empty where there is none."""
-    return b"%d" % version if version else b""
