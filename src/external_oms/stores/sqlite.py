@@ -347,7 +347,8 @@ class SqliteStore:
         file, now = self._file, self._clock.monotonic()
         if file is not None and (not self._suspect or (now < self._open_at and file.is_in_place())):
             return file
-        self._refuse_to_open(file)
+        if file is None and now < self._open_at:
+            raise StoreError(self._problems.get("open", f"{self._path} could not be opened a moment ago"))
         try:
             opened = open_file(
                 self._path, boot=self._boot, clock=self._clock, mountinfo=self._mountinfo, wait_seconds=wait_seconds
@@ -381,12 +382,7 @@ class SqliteStore:
         if opened.damaged:
             self._notice = (opened.set_aside[-1], self._clock.monotonic() + NOTICE_SECONDS)
 
-    def _refuse_to_open(self, file: OpenFile | None) -> None:
-        if file is None and self._clock.monotonic() < self._open_at:
-            raise StoreError(self._problems.get("open", f"{self._path} could not be opened a moment ago"))
-
     def _open_for_reading(self) -> OpenFile:
-        self._refuse_to_open(None)
         with self._writer.use(TURN_SECONDS):
             return self._opened(READ_SECONDS)
 

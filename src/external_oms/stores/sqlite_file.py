@@ -250,16 +250,16 @@ def check_place(path: Path, mountinfo: str) -> None:
         _check_file(_beside(path, part))
 
 
-def _check_file(path: Path) -> bool:
-    """Return whether there is a file.
+def _check_file(path: Path) -> None:
+    """Refuse something that is not a file of this user alone.
 
     Raises:
-        StoreError: There is something that is not a file of this user alone.
+        StoreError: There is such a thing.
     """
     try:
         found = path.lstat()
     except FileNotFoundError:
-        return False
+        return
     if not stat.S_ISREG(found.st_mode):
         what = "a symbolic link" if stat.S_ISLNK(found.st_mode) else "not a regular file"
         raise StoreError(f"{path} is {what}; name the file itself, or remove it")
@@ -267,7 +267,6 @@ def _check_file(path: Path) -> bool:
         raise StoreError(f"{path} belongs to another user; name a file of the user that runs the service")
     if found.st_mode & (stat.S_IRWXG | stat.S_IRWXO):  # also to read: an open descriptor is enough to hold a lock
         raise StoreError(f"{path} is open to other users; find out why, then run `chmod 600 {path}`")
-    return True
 
 
 def _beside(path: Path, part: str) -> Path:
@@ -304,8 +303,7 @@ def open_file(path: Path, *, boot: str, clock: Clock, mountinfo: str, wait_secon
     check_place(path, mountinfo)
     with _alone(path, wait_seconds):
         set_aside: list[str] = []
-        leftover = any(_check_file(_beside(path, part)) for part in _PARTS[1:])
-        damaged = leftover and _inode(path) is None
+        damaged = _inode(path) is None and any(os.path.lexists(_beside(path, part)) for part in _PARTS[1:])
         if damaged:  # SQLite would delete the log of a database that is gone
             set_aside.append(_set_aside(path, f"{path} is missing or empty, and its other files are left", clock))
         try:
@@ -353,7 +351,7 @@ def _open_database(path: Path, boot: str, clock: Clock) -> tuple[bytes, int]:
     Raises:
         _UnusableError: It could not be used and was set aside; the text says so.
     """
-    if not _check_file(path):
+    with suppress(FileExistsError):
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
     # It is set aside before the connection is closed, which would write the log into the database and delete the log.
     with closing(_connect(path, BUSY_SECONDS)) as connection:
