@@ -16,7 +16,7 @@ HISTORIES = 400
 """Histories that are played in each run of the tests, always the same; `make simulate` plays fresh ones."""
 
 KILL_SECONDS = 60.0
-"""How long the simulation may search for a planted defect; most are found within two seconds."""
+"""How much processor time the search for a planted defect may take; most are found within two seconds."""
 
 
 @pytest.fixture(autouse=True)
