@@ -11,8 +11,9 @@ from itertools import pairwise
 
 import pytest
 
+from external_oms.codec import MAX_COUNTER
 from external_oms.config import Document, Reading
-from external_oms.entry import Entry, Granted, Invalidated, Invalidation, begin_read, commit, is_current
+from external_oms.entry import Change, Entry, Granted, Invalidated, Invalidation, begin_read, commit, is_current
 from external_oms.errors import LaggingAnswer, StoreBusy, StoreError
 from external_oms.policy import Freshness, Windows, evaluate
 from external_oms.policy import Source as ValueSource
@@ -385,6 +386,58 @@ def test_a_store_that_lost_its_data_gets_a_generation_above_the_one_that_was_kno
     assert kept.generation == 6
     assert kept.snapshot == entry.snapshot, "the value that the store lost is better than none"
     assert not is_current(kept)
+
+
+def test_what_a_store_has_lost_is_repaired_by_the_first_process_and_the_others_find_it_done(
+    process: Process, clock: FakeClock
+) -> None:
+    other = Process(clock, data=process.shared.data, holder="other")
+    process.read()
+    value = process.store.load(TENANT).snapshot
+    assert other.store.load(TENANT).snapshot == value
+    process.shared.data._entries.clear()
+    for one in (process, other):
+        lost = one.store.load(TENANT)
+        assert (lost.snapshot, lost.verified) == (value, False)
+    process.store.poll()
+    repaired = process.shared.data.load(TENANT)
+    assert (repaired.generation, repaired.snapshot) == (1, value)
+    other.store.poll()
+    assert process.shared.data.load(TENANT) == repaired
+    assert process.store.load(TENANT) == other.store.load(TENANT) == repaired
+    assert [row.cause for row in process.store.history()].count(Cause.STORE) == 1
+
+
+def test_a_value_that_was_read_since_the_loss_is_kept_though_its_numbers_began_again(
+    process: Process, clock: FakeClock
+) -> None:
+    newcomer = Process(clock, data=process.shared.data, holder="newcomer")
+    for _ in range(3):
+        process.read(enabled=True)
+    process.store.load(TENANT)
+    process.shared.data._entries.clear()
+    clock.advance(1.0)
+    newcomer.read(enabled=False)
+    assert newcomer.store.load(TENANT).token == 1
+    entry = process.store.load(TENANT)
+    assert entry.snapshot is not None
+    assert (entry.snapshot.enabled, entry.verified) == (False, False)
+    process.store.poll()
+    entry = process.store.load(TENANT)
+    assert entry.snapshot is not None
+    assert (entry.snapshot.enabled, entry.verified, is_current(entry)) == (False, True, False)
+    assert newcomer.store.load(TENANT) == entry
+    assert process.store.poll() == () or not process.store._known.owed, "it is no loss any more"
+
+
+def test_a_forged_generation_at_its_end_is_given_up(process: Process) -> None:
+    forge = partial(replace, generation=MAX_COUNTER - 1)
+    process.shared.data.transact(TENANT, lambda entry, _: Change(forge(entry), None))
+    assert process.store.load(TENANT).generation == MAX_COUNTER - 1
+    process.shared.data._entries.clear()  # as a store refuses what is above that
+    assert process.invalidate() == (Invalidated(1), True)
+    assert process.store.load(TENANT).generation == 1
+    assert process.store.load(TENANT).verified
 
 
 def test_an_unexpected_error_of_the_repetition_ends_no_poll_and_is_tried_again(
