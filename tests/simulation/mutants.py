@@ -96,14 +96,15 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("a delivery counts as refreshed with an older value", "cache", "if entry.snapshot is not None and entry.snapshot.generation >= generation:", "if entry.snapshot is not None:"),
     Mutant("the lease of a process that ended holds until its end", "singleflight", "        if flight.dead_holder != busy.holder and self._store.is_gone(busy.holder):", "        if False:", seed=614),
     Mutant("a failed flight is tried again without a pause", "singleflight", "        return max(pause_seconds, 0.001)", "        return 0.0"),
-    Mutant("an owed invalidation is forgotten", "stores.fallback", "            self._owed.setdefault(tenant, 0)  # before", "            pass  # before", seed=7),
-    Mutant("what is owed is repeated without raising the generation above ours", "stores.fallback", "at_least=generation + 1)", "at_least=0)", seed=8),
-    Mutant("a recovered store is believed before what is owed is repaid", "stores.fallback", "        if tenant in self._owed:\n            entry = replace(entry, generation=max(entry.generation, owed), verified=False)\n", ""),
-    Mutant("a store that lost the generation is believed", "stores.fallback", "        if known is not None and known.generation > max(entry.generation, owed):", "        if False:", seed=482),
-    Mutant("an invalidation that meets a failure of the store is not taken alone", "stores.fallback", "                self._follow(tenant, results[-1].generation)\n", "", seed=779),
-    Mutant("a failed store leaves the old version words in force", "stores.fallback", "        self._touch_all(self._shared)\n        return local", "        return local", seed=7),
-    Mutant("a store that failed is never used again", "stores.fallback", "            self._recover(local)\n", "", seed=6),
-    Mutant("a busy store leaves this process as it was", "stores.fallback", "                return self._owe(tenant, len(requests)), False", "                return tuple(Invalidated(1) for _ in requests), False"),
+    Mutant("an owed invalidation is forgotten", "stores.fallback", "                self._known.owe(tenant, change.entry.generation)\n", "                pass\n"),
+    Mutant("an invalidation is owed once the local store has shown it", "stores.fallback", "        results = self._invalidate_alone(local, tenant, unnamed)\n", "        results = local.transact(tenant, partial(invalidate, requests=unnamed))\n"),
+    Mutant("what is owed is repeated without raising the generation above ours", "stores.fallback", "    at_least = max(owed, known.generation) + 1", "    at_least = 0"),
+    Mutant("a recovered store is believed before what is owed is repaid", "stores.fallback", "            if tenant in self.owed:\n                generation", "            if False:\n                generation"),
+    Mutant("a store that lost the generation is believed", "stores.fallback", "    value, known_value = entry.snapshot, known.snapshot\n    return (\n", "    value, known_value = entry.snapshot, known.snapshot\n    return False and (\n"),
+    Mutant("an invalidation that meets a failure of the store is not taken alone", "stores.fallback", "                self._known.raise_to(tenant, generation)  # a local store that is made from now on begins with it\n                if self._local is not None:\n                    self._invalidate_alone(self._local, tenant, [Invalidation()], shared=generation)\n", ""),
+    Mutant("a failed store leaves the old version words in force", "stores.fallback", "        self._touch_all(self._shared)\n        return local", "        return local"),
+    Mutant("a store that failed is never used again", "stores.fallback", "        self._recover(local)\n", ""),
+    Mutant("a busy store leaves this process as it was", "stores.fallback", "                results = (Invalidated(self._known.owe(tenant, more=len(requests))),) * len(requests)\n", "                results = (Invalidated(1),) * len(requests)\n"),
     Mutant("a change in memory does not change the version word", "stores.memory", "                self._versions[self._index_of(tenant)] += 1\n            return change.result", "            return change.result"),
     Mutant("the first of two flights takes the second one with it", "singleflight", "        self.flight, self.next_flight = self.next_flight, None", "        self.flight, self.next_flight = None, None", seed=46),
     Mutant("evaluations wait for their read though a value may be served meanwhile", "cache", "            flight.serve()\n", "            pass\n"),
@@ -139,11 +140,15 @@ def mutated(mutant: Mutant | None) -> Iterator[tuple[Any, Any]]:
 def kill(mutant: Mutant, *, seconds: float) -> tuple[int, str] | None:
     """Play histories with a defect until one breaks a promise, from the seed of the mutant on.
 
+    Args:
+        mutant: The defect.
+        seconds: How much processor time to spend, so that a busy machine lets no defect survive.
+
     Returns:
         The seed of the history, and the promise; None where no history of the given time did.
     """
     with mutated(mutant) as (history, world):
-        until = time.monotonic() + seconds
+        until = time.process_time() + seconds
         for seed in itertools.count(mutant.seed):
             try:
                 history.play(world.Choices(seed=seed))
@@ -151,7 +156,7 @@ def kill(mutant: Mutant, *, seconds: float) -> tuple[int, str] | None:
                 return seed, str(violation)
             except Exception as error:  # noqa: BLE001 - a defect may also end in an error of any kind
                 return seed, f"{type(error).__name__}: {error}"
-            if time.monotonic() > until:
+            if time.process_time() > until:
                 break
     return None
 

@@ -16,7 +16,8 @@ HISTORIES = 400
 """Histories that are played in each run of the tests, always the same; `make simulate` plays fresh ones."""
 
 KILL_SECONDS = 60.0
-"""How long the simulation may search for a planted defect; its first history finds it, until the code changes."""
+"""How much processor time the search for a planted defect may take; its first history finds it, until the code
+changes."""
 
 
 @pytest.fixture(autouse=True)
