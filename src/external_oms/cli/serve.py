@@ -45,11 +45,12 @@ def serve(bind: str, workers: int | None, threads: int, preload: bool, name_memb
     if insecure:
         settings = settings.replaced(insecure=True)
     _check_bind(bind, loopback_only=settings.insecure)
+    workers = workers or min(MAX_DEFAULT_WORKERS, max(2, os.cpu_count() or 1))
+    serving = Serving(bind, workers, threads, preload, name_members)
     check_credentials(settings, FLAGS if settings.dashboard else FLAGS - {"dashboard"})
     make_store(settings).close()  # reports what is wrong once, and not from every worker
     _log_to_stderr()
-    workers = workers or min(MAX_DEFAULT_WORKERS, max(2, os.cpu_count() or 1))
-    run(settings, Serving(bind, workers, threads, preload, name_members))
+    run(settings, serving)
 
 
 def _check_bind(bind: str, *, loopback_only: bool) -> None:
