@@ -5,10 +5,12 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import re
 import shlex
 import socket
 import sys
 import threading
+from contextlib import suppress
 from typing import Literal
 
 import click
@@ -43,18 +45,20 @@ def serve(bind: str, workers: int | None, threads: int, preload: bool, name_memb
     if insecure:
         settings = settings.replaced(insecure=True)
     _check_bind(bind, loopback_only=settings.insecure)
+    workers = workers or min(MAX_DEFAULT_WORKERS, max(2, os.cpu_count() or 1))
+    serving = Serving(bind, workers, threads, preload, name_members)
     check_credentials(settings, FLAGS if settings.dashboard else FLAGS - {"dashboard"})
     make_store(settings).close()  # reports what is wrong once, and not from every worker
     _log_to_stderr()
-    workers = workers or min(MAX_DEFAULT_WORKERS, max(2, os.cpu_count() or 1))
-    run(settings, Serving(bind, workers, threads, preload, name_members))
+    run(settings, serving)
 
 
 def _check_bind(bind: str, *, loopback_only: bool) -> None:
-    try:
+    private = None
+    with suppress(ValueError):
         private = is_private(bind)
-    except ValueError as error:
-        raise click.BadParameter(f"{bind!r} given; must be {ADDRESSES}", param_hint="--bind") from error
+    if private is None or ("://" in bind and not re.fullmatch(r"fd://\d+", bind)):
+        raise click.BadParameter(f"{bind!r} given; must be {ADDRESSES}", param_hint="--bind")
     if loopback_only and not private:
         raise click.BadParameter("must be on loopback without credentials (insecure)", param_hint="--bind")
     if bind.startswith(("unix:", "fd://")):
