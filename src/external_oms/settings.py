@@ -156,6 +156,9 @@ class Settings(BaseSettings):
         identity_role: The role of a person so named.
         session_secret: Signs session cookies. Not set: kept beside a file store, else made up where the server starts.
         session_seconds: How long a login lasts. 8 hours: a shift.
+        environment: What this server is for, such as `production`: a word on every page. None: no word.
+        environment_color: Its colour: `red`, `amber`, `green`, `blue`, `purple` or `gray`. None: by the word, red for
+            production, amber for staging and tests, blue for anything else.
         insecure: Start without credentials; on loopback only.
     """
 
@@ -216,6 +219,8 @@ class Settings(BaseSettings):
     identity_role: Literal["viewer", "operator", "admin"] = "viewer"
     session_secret: SecretStr | None = None
     session_seconds: Seconds = 8 * 3600.0
+    environment: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._-]{0,31}$")] | None = None
+    environment_color: Literal["red", "amber", "green", "blue", "purple", "gray"] | None = None
     insecure: bool = False
 
     def __init__(self, **given: Any) -> None:  # noqa: ANN401 - pydantic's own constructor takes anything and checks it
