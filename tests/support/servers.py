@@ -326,7 +326,6 @@ def served(
     """
     own = {
         "API_KEYS": ",".join(ENTRIES),
-        "EVALUATIONS_PER_MINUTE": "100000000",
         **{name.upper(): value for name, value in settings.items()},
     }
     environ = environment(api, store=f"sqlite:///{place}/state.db")

@@ -15,7 +15,7 @@ from werkzeug.test import EnvironBuilder
 from external_oms.errors import SettingsError
 from external_oms.web import openapi
 from external_oms.web.access import Identity, Keyring, Role, Via, new_key
-from external_oms.web.problems import PROBLEM_TYPE
+from external_oms.problems import PROBLEM_TYPE
 from tests.support.web import ENTRIES, KEYS, TENANT, Server, StartServer, with_key
 
 RANK = {"stranger": -1, "nobody": -1, "viewer": 1, "operator": 2, "admin": 3}
@@ -210,7 +210,7 @@ def test_a_foreign_page_cannot_act_by_an_identity_that_the_browser_sends_along(
 
 
 def test_a_wrong_key_is_not_made_good_by_another_way_to_be_recognised(server: Server) -> None:
-    server.parts.access.recognise_by(lambda _: Identity("ann", Role.ADMIN, Via.SESSION))
+    server.oms.access.recognise_by(lambda _: Identity("ann", Role.ADMIN, Via.SESSION))
     assert server.get("/api/v1/tenants", "nobody").status_code == 200
     assert server.get("/api/v1/tenants", "stranger").status_code == 401
 
@@ -222,4 +222,4 @@ def test_a_malformed_proxy_is_refused_at_start(start: StartServer) -> None:
 
 def test_a_request_without_an_address_comes_from_no_proxy(server: Server) -> None:
     asked = Request(EnvironBuilder(headers=Headers({"X-Forwarded-User": "ann"})).get_environ())
-    assert server.parts.access.identity(asked) is None
+    assert server.oms.access.identity(asked) is None

@@ -72,7 +72,7 @@ def test_an_apps_own_csrf_protection_lets_deliveries_through(server: Server, csr
     app.add_url_rule("/form", "form", lambda: "taken", methods=["POST"])
     steps: list[Callable[[], object]] = [
         lambda: CSRFProtect(app),
-        lambda: ExternalOMS(app, provider=server.parts.provider, domain="csrf"),
+        lambda: ExternalOMS(app, provider=server.oms.provider, domain="csrf"),
     ]
     for step in steps if csrf_first else steps[::-1]:
         step()
@@ -86,10 +86,10 @@ def test_create_app_without_settings_reads_the_environment(server: Server, monke
     monkeypatch.setenv("EXTERNAL_OMS_ACCESS_TOKEN", server.api.access_token(TENANT))
     monkeypatch.setenv("EXTERNAL_OMS_BASE_URL", server.api.base_url)
     monkeypatch.setenv("EXTERNAL_OMS_WEBHOOK_SECRETS", SECRET)
-    monkeypatch.setenv("EXTERNAL_OMS_API_KEYS", ",".join(server.parts.settings.api_keys))
+    monkeypatch.setenv("EXTERNAL_OMS_API_KEYS", ",".join(server.oms.settings.api_keys))
     app = create_app()
     theirs = Server(app, app.test_client(), server.api, app.extensions["external_oms"])
     try:
         assert theirs.deliver().status_code == 200
     finally:
-        theirs.parts.provider.shutdown()
+        theirs.oms.provider.shutdown()

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from werkzeug.test import EnvironBuilder
 
 from external_oms.web.bodies import demand_json_type, json_object, raw_body
-from external_oms.web.problems import Problem
+from external_oms.problems import Problem
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),

@@ -97,7 +97,7 @@ def test_a_flip_is_told_by_the_tag_of_the_answer_to_come(server: Server, listen:
         assert event["type"] == "refetchEvaluation"
         answer = bulk(server)
         assert (event["etag"], event["id"]) == (answer.headers["ETag"], answer.headers["ETag"].strip('"').split(".")[0])
-        fetched_at = server.parts.service.cache.state(TENANT).fetched_at
+        fetched_at = server.oms.cache.state(TENANT).fetched_at
         assert fetched_at is not None
         assert event["lastModified"] == int(fetched_at.timestamp())
         assert answer.get_json()["flags"][0]["value"] is enabled
@@ -107,7 +107,7 @@ def test_a_delivery_that_changes_nothing_is_not_told(server: Server, listen: Ope
     stream = listen(server, address(server))
     for _ in range(3):
         assert server.deliver().status_code == 200
-        server.parts.provider.refresh()
+        server.oms.provider.refresh()
     flip(server, True)
     assert stream.event()["etag"] == bulk(server).headers["ETag"]
 
@@ -126,15 +126,15 @@ def test_between_an_invalidation_and_its_read_nothing_is_told(start: StartServer
 
     def taken() -> None:
         """The stream has looked at everything that happened so far."""
-        (held,) = server.parts.hub._streams
+        (held,) = server.oms.hub._streams
         waiters = held._news._waiters  # type: ignore[attr-defined]  # who waits for the condition
         wait_until(lambda: not held._waiting and waiters)
 
     taken()
     before = bulk(server).headers["ETag"]
-    server.parts.provider.invalidate()
+    server.oms.provider.invalidate()
     taken()
-    server.parts.provider.refresh()  # the same value again
+    server.oms.provider.refresh()  # the same value again
     taken()
     flip(server, True)
     assert heard.get(timeout=10)["etag"] == bulk(server).headers["ETag"] != before
@@ -151,7 +151,7 @@ def test_that_the_value_is_no_longer_authoritative_is_told_once_and_its_end_too(
     stale = stream.event()
     assert bulk(server).headers["ETag"] == stale["etag"] != before
     server.api.clear(TENANT)
-    server.parts.provider.refresh()
+    server.oms.provider.refresh()
     assert stream.event()["etag"] == before
 
 
@@ -192,7 +192,7 @@ def test_another_tenants_change_is_not_told(two: Server, listen: Open) -> None:
 def test_a_stream_of_no_tenant_is_refused_in_the_protocols_shape(two: Server, query: str) -> None:
     answer = two.client.get(f"{EVENTS}{query}", headers=with_key("viewer"))
     assert (answer.status_code, answer.get_json()["errorCode"]) == (400, "INVALID_CONTEXT")
-    assert len(two.parts.hub) == 0
+    assert len(two.oms.hub) == 0
 
 
 def test_one_stream_too_many_is_refused_in_the_protocols_shape(start: StartServer, listen: Open) -> None:
@@ -210,7 +210,7 @@ def test_one_stream_too_many_is_refused_in_the_protocols_shape(start: StartServe
 def test_asking_for_the_head_alone_opens_no_stream(server: Server, path: str) -> None:
     answer = server.client.head(path, headers=with_key("viewer"))
     assert (answer.status_code, answer.mimetype) == (200, "text/event-stream")
-    assert len(server.parts.hub) == 0
+    assert len(server.oms.hub) == 0
 
 
 # -- what opens it -----------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from external_oms.errors import SettingsError
 from external_oms.settings import Settings
 from external_oms.web import ExternalOMS
 from external_oms.web.parts import Parts
-from external_oms.web.problems import PROBLEM_TYPE
+from external_oms.problems import PROBLEM_TYPE
 from tests.support.waiting import wait_until
 from tests.support.web import BEARER, ENTRIES, HOOK, SECRET, TENANT, Server, with_key
 
@@ -80,7 +80,7 @@ def test_only_what_was_chosen_is_mounted(api: ConfigAPIEmulator, settings: MakeS
     assert statuses(bare, "") == [404, 404, 404, 405]
     assert statuses(full, "/oms") == [200, 200, 200, 405]
     assert statuses(full, "") == [404, 404, 404, 404]
-    assert server_of(full, api).parts.mounted == {"webhook", "api", "health"}
+    assert server_of(full, api).oms.mounted == {"webhook", "api", "health"}
 
 
 def test_the_document_tells_what_is_mounted_and_where(settings: MakeSettings) -> None:

@@ -19,7 +19,7 @@ def readiness(server: Server) -> tuple[int, dict[str, Any]]:
 
 def settled(server: Server) -> None:
     """Wait until the first reads have ended, well or badly."""
-    cache = server.parts.service.cache
+    cache = server.oms.cache
 
     def ended() -> bool:
         states = [cache.state(name) for name in cache.tenants]
@@ -136,7 +136,7 @@ class OutOfOrder:
 def test_a_store_out_of_order_is_degraded_and_says_why(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     settled(server)
     trouble = OutOfOrder()
-    monkeypatch.setattr(server.parts.service.store, "health", trouble.health)
+    monkeypatch.setattr(server.oms.store, "health", trouble.health)
     status, body = readiness(server)
     assert (status, body["status"], body["problems"]) == (200, "degraded", [trouble.problem])
     assert body["store"] == {"kind": "memory", "ok": False}

@@ -10,7 +10,7 @@ import pytest
 
 from external_oms.settings import Settings
 from external_oms.web.limits import REDIS_SECONDS, Limits
-from external_oms.web.problems import Problem
+from external_oms.problems import Problem
 from tests.support.ports import free_port
 from tests.support.redis import RedisServer
 

@@ -23,7 +23,7 @@ from external_oms.errors import SettingsError
 from external_oms.settings import Settings
 from external_oms.web import ExternalOMS, create_app, sessions
 from external_oms.web.access import Keyring, Role, new_key
-from external_oms.web.parts import parts_of
+from external_oms.web.state import EXTENSION
 from external_oms.web.sessions import COOKIE, Sessions, secret_of
 from tests.support.pages import form_token, login, open_browser, text_of
 from tests.support.servers import SERVE, served
@@ -68,7 +68,7 @@ def test_who_is_not_logged_in_is_asked_for_a_key(server: Server, path: str) -> N
 
 def test_after_the_login_the_tenant_asked_for_is_shown(server: Server) -> None:
     token = form_token(server.client.get(f"/login?tenant={TENANT}"))
-    answer = server.client.post("/login", data={"form_token": token, "key": KEYS["viewer"], "tenant": TENANT})
+    answer = server.client.post("/login", data={"csrf_token": token, "key": KEYS["viewer"], "tenant": TENANT})
     assert answer.headers["Location"] == f"/tenants/{TENANT}"
 
 
@@ -78,7 +78,7 @@ def test_after_the_login_the_tenant_asked_for_is_shown(server: Server) -> None:
 )
 def test_no_login_leads_anywhere_else(server: Server, wanted: str) -> None:
     token = form_token(server.client.get("/login", query_string={"tenant": wanted, "next": wanted}))
-    data = {"form_token": token, "key": KEYS["viewer"], "tenant": wanted, "next": wanted}
+    data = {"csrf_token": token, "key": KEYS["viewer"], "tenant": wanted, "next": wanted}
     assert server.client.post("/login", data=data).headers["Location"] == "/"
 
 
@@ -88,7 +88,7 @@ WRONG = ("", " ", "oms_wrong", *ENTRIES, *(entry.rsplit(":", 1)[1] for entry in 
 @pytest.mark.parametrize("key", WRONG, ids=count())
 def test_a_wrong_key_gets_in_nowhere(server: Server, key: str) -> None:
     token = form_token(server.client.get("/login"))
-    answer = server.client.post("/login", data={"form_token": token, "key": key})
+    answer = server.client.post("/login", data={"csrf_token": token, "key": key})
     assert (answer.status_code, "not known here" in answer.text) == (403, True)
     assert key.strip() == "" or key not in answer.text
     assert server.client.get("/").status_code == 303
@@ -102,13 +102,13 @@ def test_a_key_pasted_with_a_space_or_a_newline_is_taken(server: Server) -> None
 def test_logins_are_counted_by_address_and_refused_with_the_right_key_too(start: StartServer) -> None:
     server = start(logins_per_minute=3)
     token = form_token(server.client.get("/login"))
-    tried = [server.client.post("/login", data={"form_token": token, "key": f"oms_{n}"}) for n in range(3)]
+    tried = [server.client.post("/login", data={"csrf_token": token, "key": f"oms_{n}"}) for n in range(3)]
     assert [answer.status_code for answer in tried] == [403] * 3
-    answer = server.client.post("/login", data={"form_token": token, "key": KEYS["admin"]})
+    answer = server.client.post("/login", data={"csrf_token": token, "key": KEYS["admin"]})
     assert answer.status_code == 429
     assert 1 <= int(answer.headers["Retry-After"]) <= 60
     elsewhere = server.client.post(
-        "/login", data={"form_token": token, "key": KEYS["admin"]}, environ_base={"REMOTE_ADDR": "192.0.2.7"}
+        "/login", data={"csrf_token": token, "key": KEYS["admin"]}, environ_base={"REMOTE_ADDR": "192.0.2.7"}
     )
     assert elsewhere.status_code == 303
 
@@ -120,7 +120,7 @@ def test_behind_a_trusted_proxy_logins_are_counted_by_who_is_before_it(start: St
     def tries(forwarded: str, address: str = "127.0.0.1") -> int:
         return server.client.post(
             "/login",
-            data={"form_token": token, "key": "oms_wrong"},
+            data={"csrf_token": token, "key": "oms_wrong"},
             headers={"X-Forwarded-For": forwarded},
             environ_base={"REMOTE_ADDR": address},
         ).status_code
@@ -147,7 +147,7 @@ def test_behind_a_trusted_proxy_logins_are_counted_by_who_is_before_it(start: St
 def test_the_cookie_is_kept_from_scripts_other_sites_and_plain_lines(server: Server, host: str, secure: bool) -> None:
     base = {"base_url": f"{'https' if secure else 'http'}://{host}"}
     asked = server.client.get("/login", **base)
-    entered = server.client.post("/login", data={"form_token": form_token(asked), "key": KEYS["viewer"]}, **base)
+    entered = server.client.post("/login", data={"csrf_token": form_token(asked), "key": KEYS["viewer"]}, **base)
     for answer in (asked, entered):
         cookie = cookie_of(answer)
         assert (cookie["httponly"], cookie["samesite"], bool(cookie["secure"])) == (True, "Lax", secure)
@@ -167,7 +167,7 @@ def test_a_session_ends_by_itself(start: StartServer, monkeypatch: pytest.Monkey
     open_browser(server.client)
     value = carried(server.client)
     for later, status in ((59.0, 200), (120.0, 401), (-3600.0, 401)):
-        keyring, signer = server.parts.access.keyring, secret_of(server.parts.settings)
+        keyring, signer = server.oms.access.keyring, secret_of(server.oms.settings)
         known = Sessions(signer, keyring, seconds=60.0, prefix="", wall=partial(sum, (now, later)))
         asked = server.app.test_request_context("/", headers={"Cookie": f"{COOKIE}={value}"})
         assert (known.identity(asked.request) is not None) == (status == 200)
@@ -177,12 +177,12 @@ def test_a_login_begins_a_session_of_its_own(server: Server) -> None:
     """Whoever planted a cookie before the login holds nothing after it."""
     token = form_token(server.client.get("/login"))
     planted = carried(server.client)
-    server.client.post("/login", data={"form_token": token, "key": KEYS["admin"]})
+    server.client.post("/login", data={"csrf_token": token, "key": KEYS["admin"]})
     assert carried(server.client) != planted
     stranger = server.app.test_client()
     stranger.set_cookie(COOKIE, planted)
     assert stranger.get("/").status_code == 303
-    assert server.client.post("/logout", data={"form_token": token}).status_code == 400, "nor does the form of before"
+    assert server.client.post("/logout", data={"csrf_token": token}).status_code == 400, "nor does the form of before"
 
 
 def test_a_session_of_a_key_that_was_taken_away_is_worth_nothing(start: StartServer) -> None:
@@ -225,7 +225,7 @@ def test_a_forged_cookie_is_no_session(server: Server, forge: object) -> None:
 
 def test_logging_out_ends_it(server: Server) -> None:
     open_browser(server.client)
-    answer = server.client.post("/logout", data={"form_token": form_token(server.client.get("/"))})
+    answer = server.client.post("/logout", data={"csrf_token": form_token(server.client.get("/"))})
     assert (answer.status_code, answer.headers["Location"]) == (303, "/login")
     assert server.client.get_cookie(COOKIE) is None
     assert server.client.get("/").status_code == 303
@@ -243,7 +243,7 @@ def test_a_page_of_another_origin_cannot_use_the_session(server: Server, headers
     body = {"enabled": True, "reason": "x"}
     assert server.client.put(f"/api/v1/tenants/{TENANT}", json=body, headers=headers).status_code == 403
     token = form_token(server.client.get("/"))
-    form = {"form_token": token, "to": "on", "from": "OFF", "reason": "x"}
+    form = {"csrf_token": token, "to": "on", "from": "OFF", "reason": "x"}
     assert server.client.post(f"/tenants/{TENANT}/switch", data=form, headers=headers).status_code == 403
     assert server.api.writes(TENANT) == 0
 
@@ -260,14 +260,14 @@ def test_a_form_without_the_sessions_own_token_does_nothing(start: StartServer, 
         other = server.app.test_client()
         token = form_token(open_browser(other).get("/"))
     reads = server.api.reads(TENANT)
-    form = {"to": "on", "from": "OFF", "reason": "x"} | ({} if token is None else {"form_token": token})
+    form = {"to": "on", "from": "OFF", "reason": "x"} | ({} if token is None else {"csrf_token": token})
     answer = server.client.post(path, data=form)
     assert (answer.status_code, server.api.writes(TENANT), server.api.reads(TENANT)) == (400, 0, reads)
     assert server.client.get("/").status_code == 200, "still logged in"
 
 
 def test_a_login_form_of_another_page_does_nothing(server: Server) -> None:
-    answer = server.client.post("/login", data={"key": KEYS["viewer"], "form_token": "x"})
+    answer = server.client.post("/login", data={"key": KEYS["viewer"], "csrf_token": "x"})
     assert answer.status_code == 400
     assert server.client.get("/").status_code == 303
 
@@ -287,10 +287,10 @@ def test_on_an_app_of_ones_own_the_session_is_apart_from_the_apps(server: Server
     app.config |= {"WTF_CSRF_CHECK_DEFAULT": True}
     app.secret_key = "of the app"
     CSRFProtect(app)
-    ExternalOMS(app, provider=server.parts.provider, domain="page", dashboard=True, url_prefix="/oms")
+    ExternalOMS(app, provider=server.oms.provider, domain="page", dashboard=True, url_prefix="/oms")
     browser = app.test_client()
     page = browser.get("/oms/login")
-    answer = browser.post("/oms/login", data={"form_token": form_token(page), "key": KEYS["viewer"]})
+    answer = browser.post("/oms/login", data={"csrf_token": form_token(page), "key": KEYS["viewer"]})
     assert (answer.status_code, answer.headers["Location"]) == (303, "/oms/")
     assert cookie_of(answer)["path"] == "/oms"
     assert "session=" not in "".join(answer.headers.getlist("Set-Cookie")).replace(COOKIE, "")
@@ -323,10 +323,10 @@ def test_a_trusted_proxys_admin_switches_with_the_pages_own_form_only(start: Sta
     person = {"X-Forwarded-User": "ada"}
     path = f"/tenants/{TENANT}/switch"
     form = {"to": "on", "from": "OFF", "reason": "back again"}
-    server.parts.service.operations.refresh(TENANT)
+    server.oms.operations.refresh(TENANT)
     assert server.client.post(path, data=form, headers=person).status_code == 400
     token = form_token(server.client.get(f"{path}?to=on", headers=person))
-    assert server.client.post(path, data=form | {"form_token": token}, headers=person).status_code == 303
+    assert server.client.post(path, data=form | {"csrf_token": token}, headers=person).status_code == 303
     assert server.api.enabled(TENANT) is True
 
 
@@ -373,7 +373,7 @@ def test_all_workers_of_one_server_know_a_login_though_no_secret_was_set(
         with requests.Session() as browser:
             token = re.search(r'name="form_token" value="([^"]+)"', browser.get(f"{server.url}/login").text)
             assert token
-            entered = browser.post(f"{server.url}/login", {"form_token": token.group(1), "key": KEYS["viewer"]})
+            entered = browser.post(f"{server.url}/login", {"csrf_token": token.group(1), "key": KEYS["viewer"]})
             assert entered.status_code == 200
             cookies = dict(browser.cookies)
         members: set[str] = set()

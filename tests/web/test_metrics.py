@@ -76,7 +76,7 @@ def test_a_value_is_told_with_its_age_its_freshness_and_its_generation(server: S
     assert seen.value("consecutive_failures", tenant=TENANT) == 0
     assert seen.value("backoff_seconds", tenant=TENANT) == 0
     changed = seen.value("upstream_change_timestamp_seconds", tenant=TENANT)
-    state = server.parts.service.cache.state(TENANT)
+    state = server.oms.cache.state(TENANT)
     assert state.updated_at is not None
     assert changed == state.updated_at.timestamp()
     assert seen.values("store_up") == {("memory",): 1}
@@ -111,7 +111,7 @@ def test_a_value_that_was_never_read_is_absent_and_not_off(start: StartServer, a
 
 
 def test_a_store_out_of_order_shows(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server.parts.service.store, "health", lambda: Health(ok=False, problem="the disk is full"))
+    monkeypatch.setattr(server.oms.store, "health", lambda: Health(ok=False, problem="the disk is full"))
     assert scrape(server).values("store_up") == {("memory",): 0}
 
 
@@ -347,7 +347,7 @@ def test_no_secret_and_nothing_that_a_caller_chose_stands_in_a_scrape(start: Sta
     }
     server.client.post(FLAG, **asked)
     server.client.post(f"{FLAG}-of-the-asker", **asked)
-    secret = server.parts.settings.client_secret
+    secret = server.oms.settings.client_secret
     assert secret is not None
     text = scrape(server).text
     hidden = [SECRET, SECRET.removeprefix("whsec_"), BEARER, secret.get_secret_value(), *KEYS.values(), *ENTRIES]
@@ -512,7 +512,7 @@ def test_a_scrape_of_shared_counts_says_what_one_of_our_own_says(start: StartSer
 def test_two_apps_over_one_provider_count_once_in_shared_counts(start: StartServer) -> None:
     server = start()
     read_once(server)
-    create_app(server.parts.settings, provider=server.parts.provider)
+    create_app(server.oms.settings, provider=server.oms.provider)
     server.deliver()
     assert scrape(server).value("deliveries_total", tenant=TENANT, result="read") == 1
 

@@ -219,7 +219,7 @@ def test_the_bulk_answer_stays_the_same_while_the_flag_does(server: Server) -> N
     first = bulk(server)
     assert first.headers["ETag"].startswith('"')
     server.deliver()  # another generation, another read, the same value
-    server.parts.provider.refresh()
+    server.oms.provider.refresh()
     again = bulk(server)
     assert (again.headers["ETag"], again.data) == (first.headers["ETag"], first.data)
 
@@ -234,7 +234,7 @@ def test_another_value_and_another_standing_have_another_etag(server: Server) ->
     tags.append(bulk(server).headers["ETag"])
     server.api.clear(TENANT)
     server.api.set_enabled(TENANT, False)
-    server.parts.provider.refresh()
+    server.oms.provider.refresh()
     tags.append(bulk(server).headers["ETag"])
     assert len(set(tags[:3])) == 3
     assert tags[3] == tags[0]
@@ -268,9 +268,9 @@ def test_a_request_that_knows_of_something_newer_waits_for_it(server: Server, mo
     soon = int(time.time()) + 60
     query = f"?flagConfigEtag={quote(newer)}&flagConfigLastModified={soon}"
     asking = threading.Thread(target=lambda: answers.append(bulk(server, query=query, If_None_Match=old)))
-    listening = len(server.parts.service.cache.changes._subscribers)
+    listening = len(server.oms.cache.changes._subscribers)
     asking.start()
-    wait_until(lambda: len(server.parts.service.cache.changes._subscribers) > listening or not asking.is_alive())
+    wait_until(lambda: len(server.oms.cache.changes._subscribers) > listening or not asking.is_alive())
     server.api.set_enabled(TENANT, True)
     server.deliver()
     asking.join()
@@ -283,7 +283,7 @@ def test_a_request_that_knows_of_nothing_newer_does_not_wait(
     server: Server, monkeypatch: pytest.MonkeyPatch, modified: str
 ) -> None:
     waited: list[object] = []
-    changes = server.parts.service.cache.changes
+    changes = server.oms.cache.changes
     monkeypatch.setattr(changes, "subscribe", waited.append)
     assert bulk(server, query=f"?flagConfigEtag=x&flagConfigLastModified={quote(modified)}").status_code == 200
     assert bulk(server, query="?flagConfigEtag=x").status_code == 200
@@ -292,10 +292,10 @@ def test_a_request_that_knows_of_nothing_newer_does_not_wait(
 
 def test_it_does_not_wait_for_ever(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ofrep, "CATCH_UP_SECONDS", 0.01)
-    listening = len(server.parts.service.cache.changes._subscribers)
+    listening = len(server.oms.cache.changes._subscribers)
     soon = int(time.time()) + 60
     assert bulk(server, query=f"?flagConfigEtag=x&flagConfigLastModified={soon}").status_code == 200
-    assert len(server.parts.service.cache.changes._subscribers) == listening
+    assert len(server.oms.cache.changes._subscribers) == listening
 
 
 # -- who, and how often ------------------------------------------------------------------------------------------------
@@ -368,8 +368,8 @@ def test_a_defect_is_answered_with_key_and_code_and_without_its_text(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     defect = break_by(RuntimeError("a secret inside"))
-    monkeypatch.setattr(server.parts.provider, "resolve_boolean_details", defect)
-    monkeypatch.setattr(server.parts.service.cache, "lookup", defect)
+    monkeypatch.setattr(server.oms.provider, "resolve_boolean_details", defect)
+    monkeypatch.setattr(server.oms.cache, "lookup", defect)
     answer, together = ask(server), bulk(server)
     assert (answer.status_code, shape(answer)["key"], shape(answer)["errorCode"]) == (500, FLAG_KEY, "GENERAL")
     assert (together.status_code, shape(together)["errorCode"]) == (500, "GENERAL")
@@ -377,14 +377,14 @@ def test_a_defect_is_answered_with_key_and_code_and_without_its_text(
 
 
 def test_a_store_that_cannot_be_used_is_no_defect(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server.parts.service.cache, "lookup", break_by(StoreError("the file is gone")))
+    monkeypatch.setattr(server.oms.cache, "lookup", break_by(StoreError("the file is gone")))
     answer = bulk(server)
     assert (answer.status_code, shape(answer)["errorCode"]) == (503, "GENERAL")
     assert int(answer.headers["Retry-After"]) >= 1
 
 
 def test_a_process_that_is_ending_says_so(server: Server) -> None:
-    server.parts.provider.shutdown()
+    server.oms.provider.shutdown()
     answer = ask(server)
     assert (answer.status_code, shape(answer)["errorCode"], answer.headers["Retry-After"]) == (503, "GENERAL", "1")
 
@@ -402,7 +402,7 @@ def mounted(server: Server) -> FlaskClient:
     for code in (400, 401, 404, 405, 415):
         app.register_error_handler(code, opinion)
     app.register_error_handler(HTTPException, opinion)
-    provider: ExternalOMSProvider = server.parts.provider
+    provider: ExternalOMSProvider = server.oms.provider
     extension = ExternalOMS(
         settings=provider.service.settings.replaced(api_keys=ENTRIES, webhook_secrets=[SECRET]), provider=provider
     )

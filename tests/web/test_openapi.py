@@ -22,7 +22,7 @@ from schemathesis.specs.openapi.checks import (
 from external_oms.emulator import ConfigAPIEmulator
 from external_oms.errors import StoreError
 from external_oms.web import create_app, openapi
-from external_oms.web.parts import parts_of
+from external_oms.web.state import EXTENSION
 from tests.support.waiting import wait_until
 from tests.support.web import BEARER, ENTRIES, HOOK, SECRET, TENANT, Server, StartServer, with_key
 
@@ -151,7 +151,7 @@ def test_a_store_that_cannot_be_used_is_an_answer_as_documented(
     def broken(*_: object, **__: object) -> None:
         raise StoreError("the store cannot be used; see /readyz")
 
-    monkeypatch.setattr(server.parts.service.cache, "invalidate", broken)
+    monkeypatch.setattr(server.oms.cache, "invalidate", broken)
     answer = server.deliver()
     assert (answer.status_code, answer.get_json()["kind"]) == (503, "store")
     assert int(answer.headers["Retry-After"]) >= 1

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from external_oms.cache import Change, ChangeKind
-from external_oms.web.problems import Problem
+from external_oms.problems import Problem
 from external_oms.web.streams import Hub, Message, stream_response
 from tests.support.web import TENANT, Server, StartServer
 
@@ -22,13 +22,13 @@ def server(start: StartServer) -> Server:
 
 @pytest.fixture
 def hub(server: Server) -> Iterator[Hub]:
-    made = Hub(server.parts.service.cache, max_streams=2)
+    made = Hub(server.oms.cache, max_streams=2)
     yield made
     made.close()
 
 
 def change(server: Server, kind: ChangeKind, tenant: str = TENANT) -> Change:
-    return Change(tenant, kind, replace(server.parts.service.cache.peek(TENANT), tenant=tenant))
+    return Change(tenant, kind, replace(server.oms.cache.peek(TENANT), tenant=tenant))
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ def test_a_message_on_the_wire(message: Message, wire: bytes) -> None:
 
 def test_a_stream_hears_what_happens_after_it_was_opened(server: Server, hub: Hub) -> None:
     stream = hub.open()
-    server.parts.service.cache.changes.send(change(server, ChangeKind.STATE))
+    server.oms.cache.changes.send(change(server, ChangeKind.STATE))
     assert stream.take(10) == {TENANT: ChangeKind.STATE}
     assert stream.take(0) == {}
 
@@ -55,8 +55,8 @@ def test_a_stream_that_lags_is_told_once_per_tenant_and_never_less_than_happened
     stream = hub.open()
     for _ in range(1000):
         for tenant in ("a", "b"):
-            server.parts.service.cache.changes.send(change(server, ChangeKind.VALUE, tenant))
-            server.parts.service.cache.changes.send(change(server, ChangeKind.STATE, tenant))
+            server.oms.cache.changes.send(change(server, ChangeKind.VALUE, tenant))
+            server.oms.cache.changes.send(change(server, ChangeKind.STATE, tenant))
     assert stream.take(0) == {"a": ChangeKind.VALUE, "b": ChangeKind.VALUE}
 
 
@@ -71,7 +71,7 @@ def test_a_waiting_stream_wakes_when_something_happens_and_when_it_ends(server: 
 
     waiting = threading.Thread(target=listen)
     waiting.start()
-    server.parts.service.cache.changes.send(change(server, ChangeKind.VALUE))
+    server.oms.cache.changes.send(change(server, ChangeKind.VALUE))
     assert heard.get(timeout=10) == {TENANT: ChangeKind.VALUE}
     hub.close()
     assert heard.get(timeout=10) is None
@@ -99,7 +99,7 @@ def test_a_closed_hub_opens_no_more_streams(hub: Hub) -> None:
 def test_a_closed_hub_hears_nothing_more(server: Server, hub: Hub) -> None:
     stream = hub.open()
     hub.close()
-    server.parts.service.cache.changes.send(change(server, ChangeKind.VALUE))
+    server.oms.cache.changes.send(change(server, ChangeKind.VALUE))
     assert stream.take(0) is None
     assert stream._waiting == {}
 
@@ -122,7 +122,7 @@ def test_an_answer_that_nobody_ever_read_gives_its_place_back(server: Server, hu
 
 def test_nothing_falls_between_what_is_so_and_what_changes(server: Server, hub: Hub) -> None:
     def first() -> list[Message]:
-        server.parts.service.cache.changes.send(change(server, ChangeKind.VALUE))
+        server.oms.cache.changes.send(change(server, ChangeKind.VALUE))
         return []
 
     with server.app.test_request_context():

@@ -7,12 +7,12 @@ No page has an inline script or style, so the content security policy forbids bo
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from http import HTTPStatus
 from itertools import chain
-from typing import Literal
+from typing import Any, Literal
 from urllib.parse import urlencode, urlsplit
 
 from flask import Blueprint, Response, current_app, flash, redirect, render_template, request, url_for
@@ -194,9 +194,10 @@ def _page(template: str, *, status: int = 200, **given: object) -> Response:
 
 
 @bp.app_context_processor
-def _environment() -> Mapping[str, object]:
+def _common() -> dict[str, Any]:
+    """Return what every template knows."""
     settings = get_oms().settings
-    return {"settings": settings, "environment_color": context.environment_color(settings)}
+    return {"settings": settings, "environment_color": context.environment_color(settings), "causes": list(Cause)}
 
 
 # -- charts ---------------------------------------------------------------------------------------------------------
@@ -329,11 +330,6 @@ def _activity(tenant: str | None) -> Activity:
         tenant=tenant, limit=ACTIVITY_ROWS, before=before, cause=cause, actor=actor
     )
     return Activity(found.events, found.next, before, cause, actor)
-
-
-@bp.app_context_processor
-def _causes() -> Mapping[str, object]:
-    return {"causes": list(Cause)}
 
 
 @bp.get("/history.csv")

@@ -26,13 +26,13 @@ from external_oms.singleflight import ReadEnd
 from external_oms.stores.base import Health, Store
 
 __all__ = [
+    "TIMELINE_CAUSES",
     "DayLog",
     "Fleet",
     "MemberView",
     "ProcessView",
     "Severity",
     "Summary",
-    "TIMELINE_CAUSES",
     "TenantView",
     "environment_color",
     "event_title",
