@@ -184,7 +184,7 @@ def test_a_timeline_is_an_image_with_a_title_and_a_text() -> None:
     assert picture.attrib["aria-labelledby"] == "timeline-acme-title timeline-acme-text"
     assert picture.findtext("title") == "The last 24 hours of acme"
     assert picture.findtext("desc") == (
-        "ON, not fresh for 2 h 00 min, since 13:00. In the last 24 hours: ON 22 h 00 min, ON, not fresh 2 h 00 min."
+        "ON, not fresh for 2 h 00 min, since 13:00. In the last 24 hours: ON 22 h 00 min; ON, not fresh 2 h 00 min."
     )
     assert [text.text for text in picture.findall("text")] == ["18:00", "00:00", "06:00", "12:00"]
     assert not [key for part in picture.iter() for key in part.attrib if key == "style" or key.startswith("on")]
@@ -196,7 +196,7 @@ def test_bars_have_their_labels_and_counts_and_what_is_named_is_escaped() -> Non
     assert [text.text for text in picture.findall("text")] == ["ON <b>", "1,234", "OFF", "0"]
     assert picture.findtext("desc") == "ON <b>: 1,234; OFF: 0."
     widths = [box.attrib["width"] for box in picture.findall("rect") if box.attrib["class"] != "track"]
-    assert widths == ["52.000%", "0.000%"]
+    assert widths == ["62.000%", "0.000%"]
 
 
 def test_a_histogram_of_latencies_is_counted_per_bucket() -> None:

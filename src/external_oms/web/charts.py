@@ -28,6 +28,7 @@ __all__ = [
     "latency_bars",
     "timeline",
     "timeline_svg",
+    "totals",
 ]
 
 DAY = timedelta(hours=24)
@@ -204,13 +205,18 @@ def _expired(enabled: bool | None, when_expired: str) -> Kind:
     return _stale(served)
 
 
+def totals(segments: Sequence[Segment]) -> list[tuple[Kind, float]]:
+    """Return for how many seconds each kind lasted, without those that did not occur."""
+    found = [(kind, sum(one.seconds for one in segments if one.kind is kind)) for kind in Kind]
+    return [(kind, seconds) for kind, seconds in found if seconds]
+
+
 def describe_timeline(segments: Sequence[Segment]) -> str:
     """Return a timeline in one or two sentences."""
     last = segments[-1]
-    totals = {kind: sum(one.seconds for one in segments if one.kind is kind) for kind in Kind}
     if len(segments) == 1:
         return f"{_capital(last.kind.label)} for the whole day."
-    spent = ", ".join(f"{kind.label} {format_duration(seconds)}" for kind, seconds in totals.items() if seconds)
+    spent = "; ".join(f"{kind.label} {format_duration(seconds)}" for kind, seconds in totals(segments))
     since = f"{_capital(last.kind.label)} for {format_duration(last.seconds)}, since {last.start:%H:%M}."
     return f"{since} In the last 24 hours: {spent}."
 
@@ -309,12 +315,12 @@ def bar_chart(bars: Sequence[Bar], *, name: str, title: str) -> Markup:
         top = 22 * number
         shapes.append(
             Markup(
-                '<text x="0" y="{}">{}</text><rect class="track" x="30%" y="{}" width="52%" height="12"/>'
-                '<rect class="{}" x="30%" y="{}" width="{:.3f}%" height="12"/>'
+                '<text x="0" y="{}">{}</text><rect class="track" x="24%" y="{}" width="62%" height="12"/>'
+                '<rect class="{}" x="24%" y="{}" width="{:.3f}%" height="12"/>'
                 '<text class="count" x="100%" y="{}" text-anchor="end">{:,.0f}</text>'
             ).format(
                 top + 14, bar.label, top + 4,
-                bar.kind, top + 4, max(52 * bar.count / most, 0.6 if bar.count else 0.0),
+                bar.kind, top + 4, max(62 * bar.count / most, 0.6 if bar.count else 0.0),
                 top + 14, bar.count,
             )
         )  # fmt: skip

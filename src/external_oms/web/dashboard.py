@@ -210,13 +210,13 @@ class Day:
     Attributes:
         segments: What evaluations got.
         svg: The timeline.
-        text: The same in words.
+        totals: How many seconds each kind lasted.
         delivery: The last delivery of the day.
     """
 
     segments: Sequence[charts.Segment]
     svg: Markup
-    text: str
+    totals: Sequence[tuple[charts.Kind, float]]
     delivery: Event | None
 
 
@@ -234,7 +234,7 @@ def _day(state: State) -> Day:
         lazy=oms.settings.refresh == "lazy",
     )
     svg = charts.timeline_svg(segments, name=state.tenant)
-    return Day(segments, svg, charts.describe_timeline(segments), day.delivery)
+    return Day(segments, svg, charts.totals(segments), day.delivery)
 
 
 @dataclass(frozen=True, slots=True)

@@ -463,22 +463,22 @@ def summarize(views: Sequence[TenantView], processes: Sequence[ProcessView], hea
     troubles = [
         f"no value may be served for {_names(named['bad'], 'tenants')}" if named["bad"] else "",
         f"reads fail for {_names(named['warn'], 'tenants')}, and the last value is served" if named["warn"] else "",
-        f"{_names(behind, 'processes')} {'serves' if len(behind) == 1 else 'serve'} an older value" if behind else "",
+        f"an older value is served by {_names(behind, 'processes')}" if behind else "",
         f"no report from {_names(silent, 'processes')} for more than 30 s" if silent else "",
         "" if health.ok else health.problem,
     ]
     trouble = "; ".join(part for part in troubles if part)
     severity: Severity = "bad" if named["bad"] else "warn" if trouble else "good"
-    text = trouble or f"{_served(views)}, and {_followers(processes)}"
+    text = f"{trouble[:1].upper()}{trouble[1:]}" if trouble else f"{_served(views)}, and {_followers(processes)}"
     gone = [process.name for process in processes if process.status == "gone"]
-    ended = f" {_names(gone, 'processes')} {'has' if len(gone) == 1 else 'have'} ended." if gone else ""
+    ended = f" Ended: {_names(gone, 'processes')}." if gone else ""
     return Summary(
         on=sum(view.flag == "on" for view in views),
         off=sum(view.flag == "off" for view in views),
         none=sum(view.flag == "none" for view in views),
         needing=[view.state.tenant for view in views if view.needs_attention],
         severity=severity,
-        text=f"{text[:1].upper()}{text[1:]}.{ended}",
+        text=f"{text}.{ended}",
     )
 
 

@@ -100,7 +100,7 @@ let stream = null;
 function show(now) {
   state = now;
   live.hidden = false;
-  live.dataset.state = now;
+  body.dataset.state = now;
   if (now === "ended") {
     stream?.close();
     clearTimeout(timer);
