@@ -112,11 +112,11 @@ def overview() -> WerkzeugResponse:
     views = [_view(name, members[name], days.get(name)) for name in oms.cache.tenants]
     processes = context.processes_of(reported)
     wanted, show = request.args.get("q", "").strip().lower()[:63], request.args.get("show", "")
-    named = request.args.get("tenants")
+    named = request.args.get("tenants", "") if rows_only and "parts" in request.args else None
     return _page(
         "overview.html",
         views=sorted(
-            (view for view in views if _is_shown(view, wanted, show, named if rows_only else None)),
+            (view for view in views if _is_shown(view, wanted, show, named)),
             key=lambda view: ("bad", "warn", "good").index(view.severity),
         ),
         days=days,
@@ -163,6 +163,7 @@ def _tenant_page(name: str, *, alone: bool) -> Response:
 
 def _view(name: str, members: Sequence[context.MemberView], day: Day | None) -> context.TenantView:
     oms = get_oms()
+    snapshot = oms.cache.peek(name).entry.snapshot
     host = "" if day is None else urlsplit(oms.settings.by_tenant()[name].config_url(name)).netloc
     return context.tenant_view(
         oms.cache.state(name),
@@ -171,6 +172,7 @@ def _view(name: str, members: Sequence[context.MemberView], day: Day | None) -> 
         last_read=oms.fleet.last_read(name),
         members=members,
         delivery=None if day is None else day.delivery,
+        value_generation=None if snapshot is None else snapshot.generation,
     )
 
 

@@ -154,6 +154,8 @@ class TenantView:
         delivery: The last delivery of the day.
         host: The host of the tenant's config API.
         members: The processes that serve it.
+        value_generation: The generation of the value; lower than that of the tenant while no read has followed an
+            invalidation; None without a value.
     """
 
     state: State
@@ -167,6 +169,7 @@ class TenantView:
     delivery: Event | None
     host: str
     members: Sequence[MemberView]
+    value_generation: int | None
 
     @property
     def word(self) -> str:
@@ -197,6 +200,7 @@ def tenant_view(
     last_read: ReadEnd | None = None,
     members: Sequence[MemberView] = (),
     delivery: Event | None = None,
+    value_generation: int | None = None,
 ) -> TenantView:
     """Return the view of a tenant.
 
@@ -207,6 +211,7 @@ def tenant_view(
         last_read: Its last read, where this process made it.
         members: The processes that serve it.
         delivery: Its last delivery.
+        value_generation: The generation of its value.
     """
     status, countdown = _status(state, settings)
     return TenantView(
@@ -221,6 +226,7 @@ def tenant_view(
         delivery=delivery,
         host=host,
         members=members,
+        value_generation=value_generation,
     )
 
 
@@ -320,7 +326,7 @@ def agreement(members: Sequence[MemberView]) -> str:
     if not living:
         return ""
     if current == len(living):
-        return "1 process follows" if current == 1 else f"all {current} processes follow"
+        return "1 process" if current == 1 else f"all {current} processes agree"
     verb = "follows" if current == 1 else "follow"
     return f"{current} of {len(living)} processes {verb}"
 
