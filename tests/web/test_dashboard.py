@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import re
+import socket
+import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -14,12 +19,14 @@ from werkzeug.test import TestResponse
 
 from external_oms.emulator import ConfigAPIEmulator, Fault
 from external_oms.entry import Entry
+from external_oms.heartbeat import member_name
+from external_oms.policy import Freshness, Source, State
 from external_oms.records import Cause, Event, Member
 from external_oms.stores.memory import MemoryStore
 from external_oms.web import create_app, dashboard
 from external_oms.web.api import REASON_LENGTH
 from external_oms.web.dashboard import ACTIVITY_ROWS, PANELS
-from external_oms.web.dashboard_context import event_title, format_duration, format_latency
+from external_oms.web.dashboard_context import DayLog, event_title, format_duration, format_latency, has_ended
 from external_oms.web.state import EXTENSION
 from tests.support.clock import FakeClock
 from tests.support.pages import form_token, open_browser, text_of
@@ -404,7 +411,12 @@ def test_a_switch_reaches_the_api_with_actor_and_reason_in_the_history(server: S
 
 @pytest.mark.parametrize(
     ("reason", "said"),
-    [("", "Give a reason"), ("   ", "Give a reason"), ("x" * (REASON_LENGTH + 1), "one line of text"), ("a\x00b", "one line")],
+    [
+        ("", "Give a reason"),
+        ("   ", "Give a reason"),
+        ("x" * (REASON_LENGTH + 1), "one line of text"),
+        ("a\x00b", "one line"),
+    ],
 )
 def test_without_a_reason_nothing_is_written(server: Server, reason: str, said: str) -> None:
     read(server)
@@ -596,3 +608,277 @@ def test_the_rows_say_what_happened() -> None:
         "—", "0 s", "0 s", "59 s", "1 min 00 s", "59 min 59 s", "1 h 00 min", "23 h 59 min", "1 d 1 h",
     ]  # fmt: skip
     assert [format_latency(seconds) for seconds in (None, 0.0234, 1.44)] == ["", "23 ms", "1.4 s"]
+
+
+# -- the truth in the second in which somebody looks -------------------------------------------------------------------
+
+
+def test_processes_that_have_not_followed_yet_are_counted_as_such(
+    server: Server, stop_clock: Callable[[], FakeClock]
+) -> None:
+    read(server, enabled=True)
+    assert server.deliver().status_code == 200
+    stop_clock()
+    rows = [Member("web-1:7", TENANT, 1, True, "fresh", 1.0), Member("web-2:8", TENANT, 0, False, "stale", 9.0)]
+    server.oms.store.report(rows)
+    open_browser(server.client, "viewer")
+    said = text_of(server.client.get("/"))
+    assert f"{TENANT} is ON, and 1 of 2 processes follow so far." in said
+    assert "Processes 1 of 2 processes follows" in said
+    server.oms.store.report([Member("web-2:8", TENANT, 1, True, "fresh", 1.0)])
+    server.oms.fleet._kept.clear()
+    assert f"{TENANT} is ON, and all 2 processes follow." in text_of(server.client.get("/"))
+
+
+def test_a_process_that_has_ended_serves_nothing_and_is_not_counted(
+    server: Server, stop_clock: Callable[[], FakeClock]
+) -> None:
+    read(server, enabled=True)
+    clock = stop_clock()
+    with subprocess.Popen(["/bin/true"]) as ended:
+        pass
+    mine = Member(member_name(), TENANT, 0, True, "fresh", 1.0)
+    server.oms.store.report([Member(f"{socket.gethostname()}:{ended.pid}", TENANT, 0, True, "fresh", 1.0)])
+    clock.advance(13)
+    server.oms.store.report([mine])
+    open_browser(server.client, "viewer")
+    said = text_of(server.client.get("/"))
+    assert f"the one process follows. Ended: {socket.gethostname()}:{ended.pid}." in said
+    assert f":{ended.pid} — 0 ended 13 s ago" in said
+
+
+@pytest.mark.parametrize(
+    ("name", "seen_seconds", "ended"),
+    [("here:5", 13.0, True), ("here:5", 11.0, False), ("there:5", 50.0, False), ("here:6", 50.0, False)],
+)
+def test_only_a_process_of_this_host_is_known_to_have_ended(name: str, seen_seconds: float, ended: bool) -> None:
+    assert has_ended(name, lambda pid: pid == 6, host="here", seen_seconds=seen_seconds) is ended
+
+
+def test_a_write_that_cannot_be_read_back_is_not_said_to_be_answered_with_the_old_value(server: Server) -> None:
+    read(server, enabled=False)
+    server.api.fault(TENANT, Fault(status=503, times=None, where="read"))
+    open_browser(server.client)
+    kind, text = note(server, switch(server, "on", seen="OFF"))
+    assert kind == "warn"
+    assert f"took ON for {TENANT}, and reading it back fails" in text
+    assert "answered 503" in text
+    assert "OFF is served until a read succeeds" in text
+    assert "answers OFF" not in text
+
+
+def test_a_message_is_shown_once(server: Server) -> None:
+    read(server, enabled=False)
+    open_browser(server.client)
+    place = switch(server, "on", seen="OFF").headers["Location"]
+    assert 'class="note' not in server.client.get(f"{place}?parts=1").text, "an update of an open page does not take it"
+    assert 'class="note good' in server.client.get(place).text
+    assert 'class="note' not in server.client.get(place).text
+
+
+def test_a_value_whose_generation_is_older_than_the_tenants_says_so(server: Server) -> None:
+    read(server, enabled=True)
+    server.api.fault(TENANT, Fault(status=503, times=None))
+    assert server.deliver().status_code == 202
+    open_browser(server.client, "viewer")
+    assert "Generation 1 the value is of 0" in text_of(server.client.get("/"))
+
+
+def test_a_settling_value_says_so(server: Server) -> None:
+    read(server, enabled=True)
+    assert server.deliver().status_code == 200
+    open_browser(server.client, "viewer")
+    assert "Fresh, settling after an invalidation; read again in 0 s" in text_of(server.client.get("/"))
+
+
+def test_the_page_says_what_is_configured(start: StartServer) -> None:
+    server = start(when_expired="last", stale_if_error_seconds=7200, environment="production")
+    open_browser(server.client, "viewer")
+    page = server.client.get("/")
+    said = text_of(page)
+    assert "external_oms_enabled" in said
+    assert re.search(r"Config API 127\.0\.0\.1:\d+", said)
+    assert "A value is fresh for 30 s then stale, while a read runs 30 s or while reads fail 2 h 00 min" in said
+    assert "last: the last value" in said
+
+
+@pytest.mark.parametrize(
+    ("given", "color"),
+    [
+        ({"environment": "production"}, "red"),
+        ({"environment": "Live EU"}, "red"),
+        ({"environment": "staging"}, "amber"),
+        ({"environment": "sandbox"}, "blue"),
+        ({"environment": "production", "environment_color": "purple"}, "purple"),
+    ],
+)
+def test_an_environment_is_a_word_in_colour_on_every_page(
+    start: StartServer, given: dict[str, str], color: str
+) -> None:
+    server = start(**given)
+    pages = [server.client.get("/login").text]
+    open_browser(server.client)
+    pages += [server.client.get(path).text for path in ("/", ONE, SWITCH, "/tenants/nobody")]
+    for page in pages:
+        assert f'class="env-{color}"' in page
+        assert f"</span>{given['environment']}</p>" in page
+        assert f"· {given['environment']}</title>" in page
+
+
+def test_parts_are_the_page_without_what_does_not_change(two: Server) -> None:
+    read(two)
+    read(two, "globex")
+    open_browser(two.client)
+    for path in ("/", ONE):
+        page, parts = two.client.get(path).text, two.client.get(f"{path}?parts=1").text
+        named = re.findall(r'data-part="([^"]+)"', page)
+        assert named == re.findall(r'data-part="([^"]+)"', parts)
+        assert len(named) >= 3
+        assert "<header class" not in parts.split("<article", maxsplit=1)[0]
+        assert "<link" not in parts
+
+
+# -- charts ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_last_day_and_the_counts_are_charts_that_read_as_text(server: Server) -> None:
+    read(server, enabled=False)
+    read(server, enabled=True)
+    evaluate = {"headers": with_key("viewer"), "json": {}}
+    for _ in range(3):
+        assert server.client.post("/ofrep/v1/evaluate/flags/external_oms_enabled", **evaluate).status_code == 200
+    open_browser(server.client, "viewer")
+    said = text_of(server.client.get("/"))
+    assert re.search(rf"The last 24 hours of {TENANT} ON for \d s, since \d\d:\d\d\. In the last 24 hours: ON", said)
+    assert "not recorded 23 h 59 min" in said
+    assert re.search(r"From To Evaluations got For \d{4}-\d\d-\d\d \S+ now ON", said)
+    assert re.search(r"Reads of the config API by latency ≤ 50 ms: [1-9]", said)
+    assert "failed: 0." in said
+    assert "Evaluations by value ON: 3; OFF: 0; no value: 0." in said
+    assert "This process, since the start" in said
+
+
+class Rows:
+    """A history that counts how often it is asked."""
+
+    def __init__(self, *events: Event) -> None:
+        self.events = events
+        self.asked = 0
+
+    def __call__(self, *, tenant: str, limit: int, before: int | None) -> list[Event]:
+        self.asked += 1
+        fits = [event for event in self.events if event.tenant == tenant and (before is None or event.id < before)]
+        return fits[:limit]
+
+
+def test_the_rows_of_a_day_are_read_until_they_are_older_and_kept_until_the_state_changes() -> None:
+    now = datetime(2026, 7, 1, tzinfo=UTC)
+    fetched = now - timedelta(seconds=3)
+
+    def row(number: int, hours: float, cause: Cause) -> Event:
+        return Event(now - timedelta(hours=hours), TENANT, cause, enabled=True, id=number)
+
+    newer = [row(2000 - number, number / 100, Cause.DELIVERY) for number in range(1200)]
+    history = Rows(*newer, row(700, 13, Cause.CHANGED), row(699, 25, Cause.FAILED))
+    log = DayLog(history)
+    state = State(TENANT, True, Freshness.FRESH, 3.0, 1, fetched, None, Source.MEMORY, None, 27.0)
+    day = log.rows(state, now=now)
+    assert ([event.id for event in day.rows], day.since, history.asked) == ([700], now - timedelta(hours=24), 3)
+    assert day.delivery == newer[0]
+    assert log.rows(state, now=now) is day
+    assert log.rows(replace(state, generation=2), now=now) is not day
+
+    assert DayLog(Rows()).rows(state, now=now).since == fetched
+    assert DayLog(Rows(*newer[:3])).rows(state, now=now).since == newer[2].at
+    everlasting = [row(10**6 - number, number / 10**5, Cause.DELIVERY) for number in range(6000)]
+    assert DayLog(Rows(*everlasting)).rows(state, now=now).since == everlasting[4999].at, "a storm is cut off"
+    never = replace(state, enabled=None, fetched_at=None, age_seconds=None, fresh_seconds=None)
+    assert DayLog(Rows()).rows(never, now=now).since.year == 9999
+
+
+# -- the history -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def storied(start: StartServer) -> Server:
+    """A server with a history of one tenant, and one row of another."""
+    server = start(TENANT, "globex", refresh="lazy")
+    at = datetime.now(UTC)
+    for cause, actor, detail in (
+        (Cause.DELIVERY, "webhook secret 1", ""),
+        (Cause.WRITE, "ada", '=HYPERLINK("http://evil")'),
+        (Cause.WRITE, "Grace", '-1+1, "quoted"\nand more'),
+        (Cause.FAILED, "", "answered 503"),
+    ):
+        server.oms.store.append(Event(at, TENANT, cause, actor=actor, detail=detail))
+    server.oms.store.append(Event(at, "globex", Cause.DELIVERY, actor="webhook key 2"))
+    open_browser(server.client, "viewer")
+    return server
+
+
+@pytest.mark.parametrize(
+    ("query", "actors"),
+    [
+        ("", ["webhook key 2", "", "Grace", "ada", "webhook secret 1"]),
+        ("cause=write", ["Grace", "ada"]),
+        ("actor=WEBHOOK", ["webhook key 2", "webhook secret 1"]),
+        ("cause=write&actor=grace", ["Grace"]),
+        ("cause=store", []),
+        (f"tenant={TENANT}&cause=delivery", ["webhook secret 1"]),
+    ],
+)
+def test_the_history_is_filtered_alike_on_the_page_in_the_api_and_in_the_exports(
+    storied: Server, query: str, actors: list[str]
+) -> None:
+    api = storied.get(f"/api/v1/history?{query}").json
+    exported = storied.client.get(f"/history.json?{query}")
+    table = list(csv.DictReader(io.StringIO(storied.client.get(f"/history.csv?{query}").text)))
+    assert api is not None
+    assert [event["actor"] for event in api["events"]] == actors
+    assert exported.json == api["events"]
+    assert [row["actor"] for row in table] == actors
+    assert exported.headers["Content-Disposition"] == 'attachment; filename="external-oms-history.json"'
+    if "tenant" not in query:
+        shown = re.findall(r'<li class="', storied.client.get(f"/?{query}").text.split('id="activity"')[1])
+        assert len(shown) == len(actors)
+        assert actors or "No activity matches." in storied.client.get(f"/?{query}").text
+
+
+def test_no_cell_of_an_export_is_a_formula(storied: Server) -> None:
+    answer = storied.client.get("/history.csv")
+    assert answer.content_type == "text/csv; charset=utf-8; header=present"
+    rows = list(csv.DictReader(io.StringIO(answer.text)))
+    assert [row["detail"] for row in rows][2:4] == ['\'-1+1, "quoted"\nand more', '\'=HYPERLINK("http://evil")']
+    assert not [cell for row in rows for cell in row.values() if cell.startswith(("=", "+", "-", "@"))]
+
+
+def test_the_api_pages_through_csv_too(storied: Server) -> None:
+    first = storied.get("/api/v1/history?format=csv&limit=2&actor=e")
+    following = re.fullmatch(r'<(/api/v1/history\?[^>]+)>; rel="next"', first.headers["Link"])
+    assert following
+    rest = storied.get(following.group(1))
+    actors = [row["actor"] for page in (first, rest) for row in csv.DictReader(io.StringIO(page.text))]
+    assert actors == ["webhook key 2", "Grace", "webhook secret 1"]
+    assert "Link" not in rest.headers
+
+
+@pytest.mark.parametrize("query", ["cause=nonsense", f"actor={'x' * 129}", "format=xml"])
+def test_a_filter_that_is_none_is_refused_by_the_api(server: Server, query: str) -> None:
+    assert server.get(f"/api/v1/history?{query}").status_code == 400
+
+
+def test_an_export_of_an_unknown_tenant_or_cause_is_refused(server: Server) -> None:
+    open_browser(server.client, "viewer")
+    assert server.client.get("/history.csv?tenant=nobody").status_code == 404
+    assert server.client.get("/history.json?cause=nonsense").status_code == 400
+    assert server.app.test_client().get("/history.csv").status_code == 303
+
+
+def test_an_export_goes_on_over_pages(start: StartServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = start(refresh="lazy")
+    for number in range(1203):
+        server.oms.store.append(Event(datetime.now(UTC), TENANT, Cause.DELIVERY, delivery_id=f"msg_{number}"))
+    open_browser(server.client, "viewer")
+    assert len(server.client.get("/history.json").json or ()) == 1203
+    monkeypatch.setattr(dashboard, "EXPORT_ROWS", 1000)
+    assert len(server.client.get("/history.csv").text.splitlines()) == 1001
