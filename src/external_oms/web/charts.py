@@ -267,7 +267,7 @@ def timeline_svg(segments: Sequence[Segment], *, name: str) -> Markup:
             )  # fmt: skip
     shapes += [_hour(100 * (moment - start) / (end - start), f"{moment:%H:%M}") for moment in _hours(start, end)]
     text = describe_timeline(segments)
-    return _figure(f"timeline-{name}", f"The last 24 hours of {name}", text, shapes, height=_HEIGHT, kind="timeline")
+    return _figure(f"timeline-{name}", f"The last 24 hours of {name}", text, shapes, height=_HEIGHT)
 
 
 def _hours(start: datetime, end: datetime) -> Iterable[datetime]:
@@ -325,7 +325,7 @@ def bar_chart(bars: Sequence[Bar], *, name: str, title: str) -> Markup:
             )
         )  # fmt: skip
     text = "; ".join(f"{bar.label}: {bar.count:,.0f}" for bar in bars) + "."
-    return _figure(name, title, text, shapes, height=22 * len(bars), kind="bars")
+    return _figure(name, title, text, shapes, height=22 * len(bars))
 
 
 def latency_bars(cumulative: Mapping[float, float], failed: float, *, shown: Sequence[float]) -> list[Bar]:
@@ -344,8 +344,8 @@ def latency_bars(cumulative: Mapping[float, float], failed: float, *, shown: Seq
     return [*bars, Bar("slower", slower), Bar("failed", failed, "none")]
 
 
-def _figure(name: str, title: str, text: str, shapes: Iterable[Markup], *, height: int, kind: str) -> Markup:
+def _figure(name: str, title: str, text: str, shapes: Iterable[Markup], *, height: int) -> Markup:
     return Markup(
-        '<svg class="chart {0}" role="img" aria-labelledby="{1}-title {1}-text" width="100%" height="{2}">'
-        '<title id="{1}-title">{3}</title><desc id="{1}-text">{4}</desc>{5}</svg>'
-    ).format(kind, name, height, title, text, Markup("").join(shapes))
+        '<svg class="chart" role="img" aria-labelledby="{0}-title {0}-text" width="100%" height="{1}">'
+        '<title id="{0}-title">{2}</title><desc id="{0}-text">{3}</desc>{4}</svg>'
+    ).format(name, height, title, text, Markup("").join(shapes))
