@@ -12,7 +12,7 @@ from external_oms.emulator import Fault
 from external_oms.testing import sign_delivery
 from tests.support.browsing import PHONE, Visit, Visits
 from tests.support.servers import Served
-from tests.support.waiting import PATIENCE_SECONDS, wait_until
+from tests.support.waiting import PATIENCE_SECONDS
 from tests.support.web import HOOK, SECRET, TENANT
 
 SOON_MS = 5_000
