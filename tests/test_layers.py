@@ -49,7 +49,7 @@ FOREIGN: dict[str, tuple[str, ...]] = {
     "markupsafe": ("web",),
     "openfeature": ("resolution", "provider", "sdk", "testing", "pytest_plugin", "web"),
     "platformdirs": ("cli",),
-    "prometheus_client": ("web.metrics"),
+    "prometheus_client": ("web.metrics", "web.serving"),
     "pydantic": ("tenants", "settings", "auth"),
     "pydantic_core": ("settings_errors",),
     "pydantic_settings": ("settings",),

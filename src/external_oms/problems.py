@@ -48,7 +48,7 @@ _KINDS: tuple[tuple[type[ExternalOMSError], int, str], ...] = (
     (ReadError, 502, ""),
     (NothingToServe, 503, "nothing_to_serve"),
     (StoreError, 503, "store"),
-    (ExternalOMSError, 500, "internal"),
+    (ExternalOMSError, 500, "unforeseen"),
 )
 """The status and the kind of each error, subclasses first; a read error brings its own kind."""
 

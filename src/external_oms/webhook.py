@@ -235,9 +235,8 @@ class Webhook:
         except (Problem, ExternalOMSError) as error:
             return self.refuse(error)
         done = result.refreshed or result.duplicate
-        logger.info(
-            "delivery for %s: %s", result.tenant, "duplicate" if result.duplicate else f"generation {result.generation}"
-        )
+        if not result.duplicate:  # a captured delivery can be replayed thousands of times
+            logger.info("tenant %s: delivery, generation %d", result.tenant, result.generation)
         return Response(
             HTTPStatus.OK if done else HTTPStatus.ACCEPTED,
             {"Content-Type": "application/json", "Cache-Control": "no-store"},

@@ -298,9 +298,9 @@ def test_the_event_stream_tells_what_is_so_and_then_each_change(server: Server) 
     while not (told := next_state(stream))["state"]["enabled"]:
         assert told["state"]["generation"] in {0, 1}
     assert told["state"]["generation"] == 1
-    assert len(server.oms.hub) == 1
+    assert len(server.oms.broker) == 1
     answer.close()
-    assert len(server.oms.hub) == 0
+    assert len(server.oms.broker) == 0
 
 
 def test_as_many_streams_as_there_may_be_and_no_more(start: StartServer) -> None:

@@ -95,7 +95,7 @@ def test_a_delivery_leaves_a_row_with_its_generation_and_the_read_after_it_rows_
     assert (first["cause"], first["detail"]) == ("changed", "first value")
     assert {name: delivery[name] for name in ("cause", "actor", "delivery_id", "enabled", "latency_seconds")} == {
         "cause": "delivery",
-        "actor": "webhook",
+        "actor": "webhook secret 1",
         "delivery_id": "msg_flip",
         "enabled": None,
         "latency_seconds": None,
@@ -358,14 +358,19 @@ def test_a_malformed_host_is_a_problem_too(server: Server, host: str) -> None:
 # -- what is logged ----------------------------------------------------------------------------------------------------
 
 
-def test_each_delivery_leaves_one_line_with_its_id_and_nothing_of_its_body(
+def test_deliveries_leave_a_line_and_refused_ones_are_counted_in_one_line_a_minute(
     server: Server, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.DEBUG, logger="external_oms.web")
+    caplog.set_level(logging.DEBUG, logger="external_oms.webhook")
     server.deliver({"tenant": TENANT, "payload": "do-not-log-me"}, delivery_id="msg_logged")
-    server.client.post(HOOK, data=b"do-not-log-me", headers={"webhook-id": "evil\x1b[31m id" + "y" * 100})
-    lines = [record.getMessage() for record in caplog.records if record.name == "external_oms.web.webhook"]
-    assert lines[0] == f"delivery msg_logged: 200, {TENANT} is at generation 1"
-    assert lines[1].startswith("delivery evil??31m?idyyy")
-    assert len(lines) == 2
+    server.deliver({"tenant": TENANT, "payload": "do-not-log-me"}, delivery_id="msg_logged")
+    for _ in range(100):
+        server.client.post(HOOK, data=b"do-not-log-me", headers={"webhook-id": "evil\x1b[31m id" + "y" * 100})
+    server.deliver(b"{}{}")
+    server.oms.webhook.refusals.flush()
+    lines = [record.getMessage() for record in caplog.records if record.name == "external_oms.webhook"]
+    taken, first, later = lines
+    assert taken == f"tenant {TENANT}: delivery, generation 1"
+    assert first.startswith("refused deliveries: unauthorized (webhook-id is not 1 to 256 printable ASCII characters")
+    assert later.startswith("refused deliveries in the last minute: 100 (99 unauthorized, 1 bad_request); last: ")
     assert "do-not-log-me" not in caplog.text

@@ -36,6 +36,7 @@ __all__ = [
     "bp",
     "csv_header",
     "description",
+    "documented",
     "event_csv",
     "event_shape",
     "history_filter",
@@ -324,9 +325,15 @@ def routed_paths(app: Flask) -> frozenset[str]:
     return frozenset(_CONVERTER.sub(r"{\1}", rule.rule) for rule in app.url_map.iter_rules())
 
 
+def documented() -> dict[str, Any]:
+    """Return the whole OpenAPI document, a new one each time."""
+    document: dict[str, Any] = json.loads(_description())
+    return document
+
+
 def description(app: Flask) -> dict[str, Any]:
     """Return the OpenAPI document, with the routes that the application has."""
-    document: dict[str, Any] = json.loads(_description())
+    document = documented()
     there = routed_paths(app)
     document["paths"] = {path: item for path, item in document["paths"].items() if path in there}
     document["servers"] = [{"url": request.script_root or "/"}]

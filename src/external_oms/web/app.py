@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import secrets
 from datetime import timedelta
 
@@ -31,9 +32,9 @@ FORM_BYTES = 8192
 SECRET_LENGTH = 16
 """The least characters of `session_secret`."""
 
-_SECURITY_HEADERS = {
-    "X-Content-Type-Options": "nosniff",
-    "Cache-Control": "no-store",
+_HEADERS = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
+_DATA = frozenset({"api", "ofrep", "health", "metrics", webhook.bp.name})
+_PAGE_HEADERS = _HEADERS | {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
     "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
     "X-Frame-Options": "DENY",
@@ -41,6 +42,8 @@ _SECURITY_HEADERS = {
     "Cross-Origin-Opener-Policy": "same-origin",
     "Permissions-Policy": "camera=(), geolocation=(), microphone=(), payment=(), usb=()",
 }
+
+_PREFIX = re.compile(r"(/[A-Za-z0-9._~-]+){0,8}")
 
 _SECRET = secrets.token_urlsafe(32)
 """Signs sessions where `session_secret` is not set; workers that are forked after this import share it."""
@@ -123,6 +126,8 @@ def make_app(oms: OMS, *, with_webhook: bool) -> Flask:
     if settings.insecure:
         oms.warn_once("`insecure` is set: without credentials, and for this machine only")
         app.before_request(require_loopback)
+    if settings.dashboard and settings.session_secret is None and oms.store.kind == "redis":
+        oms.warn_once("session_secret is not set: a login at this host is not known to the others that share the store")
     csrf.init_app(app)
     parts = [api.bp, ofrep.bp, health.bp, metrics.bp]
     parts += [webhook.bp] if with_webhook else []
@@ -131,6 +136,7 @@ def make_app(oms: OMS, *, with_webhook: bool) -> Flask:
         app.register_blueprint(blueprint)
     if settings.proxies:
         count = settings.proxies
+        app.before_request(check_prefix)
         app.wsgi_app = ProxyFix(app.wsgi_app, x_for=count, x_proto=count, x_host=count, x_prefix=count)  # type: ignore[method-assign]  # Flask's documented way
     return app
 
@@ -152,9 +158,20 @@ def _is_page() -> bool:
     return wanted == "text/html" and not request.path.startswith("/api/")
 
 
+def check_prefix() -> None:
+    """Refuse an X-Forwarded-Prefix that would lead a redirect to another host.
+
+    Raises:
+        Problem: 400.
+    """
+    if not _PREFIX.fullmatch(request.script_root):
+        raise Problem(400, "the prefix that the proxy names is not a path")
+
+
 def set_security_headers(response: Response) -> Response:
     """Add the security headers that the response does not have."""
-    for name, value in _SECURITY_HEADERS.items():
+    headers = _HEADERS if request.blueprint in _DATA else _PAGE_HEADERS
+    for name, value in headers.items():
         if name not in response.headers:
             response.headers[name] = value
     return response

@@ -36,8 +36,6 @@ def read_body(max_bytes: int) -> bytes:
         body = request.get_data(cache=True, parse_form_data=False)
     except RequestEntityTooLarge as error:
         raise Problem(413, f"the body is larger than {max_bytes} bytes") from error
-    except HTTPException:
-        raise
     except Exception as error:  # the server's own errors about the body: gunicorn's, a socket's, a timeout
         logger.debug("a body could not be read", exc_info=error)
         raise Problem(400, "the body could not be read", headers={"Connection": "close"}) from error
@@ -54,7 +52,7 @@ def to_problem(error: Error) -> Problem:
     headers = {name: response.headers[name] for name in _KEPT_HEADERS if name in response.headers}
     status = error.code or 500
     if status == HTTPStatus.INTERNAL_SERVER_ERROR:
-        return Problem(500, "internal server error; the log of the server says more", kind="internal")
+        return Problem(500, "internal server error; the log of the server says more", kind="unforeseen")
     return Problem(status, error.description or HTTPStatus(status).phrase, headers=headers)
 
 

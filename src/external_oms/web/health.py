@@ -1,8 +1,8 @@
 """`/healthz` and `/readyz` for load balancers. Both are open, so they name no tenant, no path and no error.
 
-A process is ready as soon as it has tried to read. It stays ready while the config API fails: it answers with the last
-value or by `when_expired`, and it takes the webhook. Taking every process out for an outage that all of them share
-would take the webhook away too, which is what ends the outage. The body says `degraded` meanwhile.
+A process is ready once it knows a value of one tenant, or has failed to read one and `when_expired` is `on` or `off`.
+It stays ready while the config API fails, however old the value grows: an outage is the same for every process, and
+taking all of them out would take the webhook away too. The body says `degraded` meanwhile.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def readyz() -> tuple[Response, int]:
     cache, store = current_oms.cache, current_oms.store
     cache.start()  # a worker that was forked before the first read gets no request until it is ready
     states = [cache.state(name) for name in cache.tenants]
-    is_ready = current_oms.settings.refresh == "lazy" or any(_was_tried(state) for state in states)
+    is_ready = current_oms.settings.refresh == "lazy" or any(_has_answer(state) for state in states)
     is_shared = store.health().ok
     problems = [] if is_shared else [f"the {store.kind} store cannot be used as configured; the log says why"]
     problems += _read_problems(states)
@@ -47,8 +47,8 @@ def readyz() -> tuple[Response, int]:
     return jsonify(body), HTTPStatus.OK if is_ready else HTTPStatus.SERVICE_UNAVAILABLE
 
 
-def _was_tried(state: State) -> bool:
-    return state.enabled is not None or state.failures > 0
+def _has_answer(state: State) -> bool:
+    return state.enabled is not None or (state.failures > 0 and current_oms.settings.when_expired in {"on", "off"})
 
 
 def _read_problems(states: Sequence[State]) -> list[str]:

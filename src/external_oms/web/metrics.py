@@ -74,6 +74,12 @@ def metrics() -> Response:
     """Return every metric."""
     if not current_oms.settings.metrics_open:
         authorize(Role.VIEWER)
+    if request.environ.get("wsgi.multiprocess") and not are_shared():
+        current_oms.warn_once(
+            "this server has several processes, and each scrape of /metrics counts the one that answers it; have %s "
+            "name an empty directory before the server starts",
+            DIRECTORY_VARIABLE,
+        )
     current_oms.cache.start()  # a process that gets no other request must not tell of the past
     body, content_type = exposition(current_app.extensions[EXTENSION], request.headers.get("Accept", ""))
     return Response(body, content_type=content_type)
@@ -83,9 +89,9 @@ def exposition(collector: Collector, accept: str) -> tuple[bytes, str]:
     """Return the metrics as text, and its type: OpenMetrics where the scraper prefers it."""
     try:
         encoder, content_type = choose_encoder(accept)
-    except ValueError:  # a version that is no number
-        encoder, content_type = generate_latest, CONTENT_TYPE_PLAIN_0_0_4
-    return encoder(collector), content_type
+        return encoder(collector), content_type
+    except (ValueError, TypeError):  # a version that is no number
+        return generate_latest(collector), CONTENT_TYPE_PLAIN_0_0_4
 
 
 class _Counts:

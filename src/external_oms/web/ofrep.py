@@ -26,7 +26,7 @@ from openfeature.exception import (
     ProviderNotReadyError,
 )
 from openfeature.flag_evaluation import FlagResolutionDetails, Reason
-from werkzeug.exceptions import HTTPException
+from werkzeug.exceptions import HTTPException, NotFound
 
 from external_oms.cache import ChangeKind
 from external_oms.config import FLAG_KEY
@@ -203,17 +203,16 @@ def error_response(error: Error | OpenFeatureError) -> Response:
 
 
 def _problem(error: Error | OpenFeatureError) -> tuple[ErrorCode, Problem]:
-    match error:
-        case FlagNotFoundError():
-            return ErrorCode.FLAG_NOT_FOUND, Problem(404, f"this server evaluates {FLAG_KEY} only")
-        case InvalidContextError():
-            return ErrorCode.INVALID_CONTEXT, Problem(400, error.error_message or "the context is not valid")
-        case TenantError():
-            return ErrorCode.INVALID_CONTEXT, Problem(400, str(error))
-        case ProviderNotReadyError():
-            return ErrorCode.GENERAL, Problem(503, "this process is shutting down", headers={"Retry-After": "1"})
-        case OpenFeatureError():
-            return ErrorCode.GENERAL, Problem(500, "internal server error", kind="internal")
+    is_unrouted_key = isinstance(error, NotFound) and request.method == "POST" and request.path.startswith(_FLAGS)
+    if isinstance(error, FlagNotFoundError) or is_unrouted_key:
+        return ErrorCode.FLAG_NOT_FOUND, Problem(404, f"this server evaluates {FLAG_KEY} only")
+    if isinstance(error, InvalidContextError | TenantError):
+        detail = error.error_message if isinstance(error, InvalidContextError) else str(error)
+        return ErrorCode.INVALID_CONTEXT, Problem(400, detail or "the context is not valid")
+    if isinstance(error, ProviderNotReadyError):
+        return ErrorCode.GENERAL, Problem(503, "this process is shutting down", headers={"Retry-After": "1"})
+    if isinstance(error, OpenFeatureError):
+        return ErrorCode.GENERAL, Problem(500, "internal server error", kind="unforeseen")
     problem = to_problem(error)
     is_malformed = problem.status == HTTPStatus.BAD_REQUEST
     return ErrorCode.PARSE_ERROR if is_malformed else ErrorCode.GENERAL, problem

@@ -8,6 +8,7 @@ gunicorn makes a thread when it is first needed; one that only waits costs 50 kB
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import selectors
@@ -337,8 +338,9 @@ class Worker(ThreadWorker):
         """Accept a connection, and wait for its request."""
         try:
             client, address = listener.accept()
-        except OSError:  # the client has gone, or no file is left: then the oldest makes room
-            self._drop_oldest()
+        except OSError as error:  # another worker was faster, the client has gone, or no file is left
+            if error.errno in {errno.EMFILE, errno.ENFILE}:
+                self._drop_oldest()
             return
         self.nr_conns += 1
         self._await_request(TConn(self.cfg, client, address, listener.getsockname()))
