@@ -787,6 +787,13 @@ def test_the_rows_of_a_day_are_read_until_they_are_older_and_kept_until_the_stat
     assert day.delivery == newer[0]
     assert log.rows(state, now=now) is day
     assert log.rows(replace(state, generation=2), now=now) is not day
+    history.events = (row(3000, 0, Cause.FAILED), *history.events)
+    history.asked = 0
+    later = log.rows(replace(state, generation=3), now=now)
+    assert ([event.id for event in later.rows], later.since, later.delivery) == ([3000, 700], day.since, newer[0])
+    assert history.asked == 1, "only the newer rows are read"
+    history.events = (row(1, 5, Cause.CHANGED),)  # the store was replaced
+    assert [event.id for event in log.rows(replace(state, generation=4), now=now).rows] == [1]
 
     assert DayLog(Rows()).rows(state, now=now).since == fetched
     assert DayLog(Rows(*newer[:3])).rows(state, now=now).since == newer[2].at

@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from http import HTTPStatus
 from itertools import chain
 from typing import Any, Literal
-from urllib.parse import urlencode, urlsplit
+from urllib.parse import urlencode
 
 from flask import Blueprint, Response, current_app, flash, redirect, render_template, request, url_for
 from markupsafe import Markup
@@ -164,11 +164,10 @@ def _tenant_page(name: str, *, alone: bool) -> Response:
 def _view(name: str, members: Sequence[context.MemberView], day: Day | None) -> context.TenantView:
     oms = get_oms()
     snapshot = oms.cache.peek(name).entry.snapshot
-    host = "" if day is None else urlsplit(oms.settings.by_tenant()[name].config_url(name)).netloc
     return context.tenant_view(
         oms.cache.state(name),
         oms.settings,
-        host=host,
+        host=oms.hosts[name],
         last_read=oms.fleet.last_read(name),
         members=members,
         delivery=None if day is None else day.delivery,

@@ -532,15 +532,17 @@ class DayRows:
         rows: The rows that a timeline needs, newest first.
         since: From when on they are complete.
         delivery: The last delivery.
+        newest: The newest row of any cause.
     """
 
     rows: Sequence[Event]
     since: datetime
     delivery: Event | None
+    newest: Event | None = None
 
 
 class DayLog:
-    """The history rows of the last day, by tenant; read again after a change of the tenant's state.
+    """The history rows of the last day, by tenant; after a change of the tenant's state, the newer ones are read.
 
     Args:
         history: Returns rows of history, newest first, as `Operations.history`.
@@ -555,22 +557,30 @@ class DayLog:
         key = (state.enabled, state.generation, state.fetched_at, state.failing_since)
         kept = self._kept.get(state.tenant)
         if kept is None or kept[0] != key:
-            kept = self._kept[state.tenant] = (key, self._read(state, now - timedelta(seconds=DAY_SECONDS)))
+            start = now - timedelta(seconds=DAY_SECONDS)
+            kept = self._kept[state.tenant] = (key, self._read(state, start, kept and kept[1]))
         return kept[1]
 
-    def _read(self, state: State, start: datetime) -> DayRows:
+    def _read(self, state: State, start: datetime, known: DayRows | None) -> DayRows:
         rows: list[Event] = []
+        newest: Event | None = None
         delivery: Event | None = None
         before: int | None = None
         since = state.failing_since if state.enabled is None else state.fetched_at
         for _ in range(_PAGES):
             page = self._history(tenant=state.tenant, limit=_PAGE_ROWS, before=before)
-            rows += [row for row in page if row.cause in TIMELINE_CAUSES and row.at > start]
-            delivery = delivery or next((row for row in page if row.cause is Cause.DELIVERY), None)
+            newest = newest or next(iter(page), None)
+            for row in page:
+                if known is not None and row == known.newest:
+                    return DayRows([*rows, *known.rows], known.since, delivery or known.delivery, newest)
+                if row.cause in TIMELINE_CAUSES and row.at > start:
+                    rows.append(row)
+                if row.cause is Cause.DELIVERY:
+                    delivery = delivery or row
             if page and page[-1].at <= start:
-                return DayRows(rows, start, delivery)
+                return DayRows(rows, start, delivery, newest)
             if page:
                 since, before = page[-1].at, page[-1].id
             if len(page) < _PAGE_ROWS:
                 break
-        return DayRows(rows, since or datetime.max.replace(tzinfo=UTC), delivery)
+        return DayRows(rows, since or datetime.max.replace(tzinfo=UTC), delivery, newest)

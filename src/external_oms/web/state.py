@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
+from functools import cached_property
 from typing import NamedTuple, cast
+from urllib.parse import urlsplit
 
 from flask import current_app
 from werkzeug.local import LocalProxy
@@ -102,6 +104,11 @@ class OMS:
             at=service.cache.runner.at,
         )
         self._warned: set[str] = set()
+
+    @cached_property
+    def hosts(self) -> Mapping[str, str]:
+        """The host of the config API of each tenant."""
+        return {name: urlsplit(own.config_url(name)).netloc for name, own in self.settings.by_tenant().items()}
 
     def needs_shared_secret(self, environ: Mapping[str, object]) -> bool:
         """Return whether a login would hold at one process of several only, because each has made up a secret."""
