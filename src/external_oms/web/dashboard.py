@@ -258,20 +258,12 @@ class Chart:
 def _counts(tenant: str) -> list[Chart]:
     """Return the charts of what is counted for a tenant: read latencies, and evaluations by value."""
     metrics = current_app.extensions["external_oms_metrics"]
-    latencies: dict[float, float] = {}
-    failed, evaluations = 0.0, {"on": 0.0, "off": 0.0, "none": 0.0}
-    for sample in metrics.samples(tenant):
-        labels = sample.labels
-        if sample.name == "external_oms_read_duration_seconds_bucket" and labels["outcome"] == "ok":
-            latencies[float(labels["le"])] = sample.value
-        elif sample.name == "external_oms_read_duration_seconds_count" and labels["outcome"] == "failed":
-            failed = sample.value
-        elif sample.name == "external_oms_evaluations_total":
-            evaluations[labels["value"]] += sample.value
+    counts = metrics.counts_of(tenant)
+    evaluations = counts.evaluations
     where = "All processes of this server" if metrics.is_shared else "This process"
     bars = [charts.Bar(word, evaluations[kind], kind) for kind, word in (("on", "ON"), ("off", "OFF"))]
     bars.append(charts.Bar("no value", evaluations["none"], "none"))
-    reads = charts.latency_bars(latencies, failed, shown=_SHOWN_LATENCIES)
+    reads = charts.latency_bars(counts.latencies, counts.failed_reads, shown=_SHOWN_LATENCIES)
     return [
         Chart(
             "latencies",
