@@ -3,14 +3,17 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import time
 from collections.abc import Iterator
+from pathlib import Path
 from time import monotonic
 
 import pytest
+from limits.errors import StorageError
 
+from external_oms.problems import Problem
 from external_oms.settings import Settings
 from external_oms.web.limits import REDIS_SECONDS, Limits
-from external_oms.web.problems import Problem
 from tests.support.ports import free_port
 from tests.support.redis import RedisServer
 
@@ -26,7 +29,7 @@ def allowed(limits: Limits, number: int, *, who: str = "ann", per_minute: int = 
 
 def refusal(limits: Limits, who: str, per_minute: int) -> Problem | None:
     try:
-        limits.take("switch", who, per_minute=per_minute)
+        limits.hit("switch", who, per_minute=per_minute)
     except Problem as refused:
         return refused
     return None
@@ -38,28 +41,99 @@ def test_a_refusal_tells_how_long_to_wait_in_whole_seconds() -> None:
     refused = refusal(limits, "ann", 1)
     assert refused is not None
     assert (refused.status, refused.kind) == (429, "too_many_requests")
-    assert 1 <= int(refused.answer.headers["Retry-After"]) <= 60
+    assert 1 <= int(refused.headers["Retry-After"]) <= 60
 
 
 def test_what_exceeds_the_number_is_refused_for_who_exceeds_it_alone() -> None:
     limits = Limits(settings())
     assert allowed(limits, 5) == 3
     assert allowed(limits, 2, who="bob") == 2
-    limits.take("refresh", "ann", per_minute=3)
+    limits.hit("refresh", "ann", per_minute=3)
 
 
-def test_what_one_process_counts_begins_anew_with_each_minute_and_knows_names_apart() -> None:
-    wall = 1_780_000_020.0 + 32.5  # so long into a minute
-    limits = Limits(settings(), wall=lambda: wall)
-    for _ in range(3):
-        limits.take_here("evaluate", "ann", per_minute=3)
-    with pytest.raises(Problem) as refused:
-        limits.take_here("evaluate", "ann", per_minute=3)
-    assert (refused.value.status, refused.value.answer.headers["Retry-After"]) == (429, "28")
-    limits.take_here("evaluate", "bob", per_minute=3)
-    limits.take_here("other", "ann", per_minute=3)
-    wall += 28
-    limits.take_here("evaluate", "ann", per_minute=3)
+def test_a_check_counts_nothing() -> None:
+    limits = Limits(settings())
+    for _ in range(5):
+        limits.check("switch", "ann", per_minute=1)
+    limits.hit("switch", "ann", per_minute=1)
+    with pytest.raises(Problem):
+        limits.check("switch", "ann", per_minute=1)
+
+
+def test_an_ended_session_is_known_in_this_process(caplog: pytest.LogCaptureFixture) -> None:
+    limits = Limits(settings())
+    assert not limits.is_revoked("one")
+    limits.revoke("one")
+    assert limits.is_revoked("one")
+    assert not limits.is_revoked("two")
+
+
+def test_an_ended_session_is_known_to_the_fleet_over_redis(redis_server: RedisServer) -> None:
+    here, there = (Limits(settings(redis_server.url)) for _ in range(2))
+    here.revoke("one")
+    assert there.is_revoked("one")
+
+
+def test_with_a_file_store_the_processes_of_a_host_count_logins_and_ended_sessions_together(tmp_path: Path) -> None:
+    here, there = (Limits(settings(f"sqlite:///{tmp_path}/state.db")) for _ in range(2))
+    assert [allowed(member, 1) for member in (here, there) * 3] == [1, 1, 1, 0, 0, 0]
+    refused = refusal(there, "ann", 3)
+    assert refused is not None
+    assert 1 <= int(refused.headers["Retry-After"]) <= 61
+    here.revoke("one")
+    assert (there.is_revoked("one"), there.is_revoked("two")) == (True, False)
+    (file,) = tmp_path.iterdir()
+    assert (file.name, file.stat().st_mode & 0o777) == ("state.db-limits", 0o600)
+
+
+def test_the_counts_of_a_file_begin_anew_with_each_window(tmp_path: Path) -> None:
+    now = [time.time()]
+    limits = Limits(settings(f"sqlite:///{tmp_path}/state.db"), wall=lambda: now[0])
+    assert allowed(limits, 5) == 3
+    now[0] += 61
+    assert allowed(limits, 5) == 3
+
+
+def test_many_processes_count_exactly_in_a_file(tmp_path: Path) -> None:
+    children = []
+    for _ in range(4):
+        child = os.fork()
+        if child == 0:
+            os._exit(allowed(Limits(settings(f"sqlite:///{tmp_path}/state.db")), 10, per_minute=15))
+        children.append(child)
+    passed = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    assert sum(passed) == 15
+
+
+def test_a_file_that_cannot_be_used_costs_one_line_and_each_process_counts_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "state.db-limits").write_bytes(b"no database" * 100)
+    assert allowed(Limits(settings(f"sqlite:///{tmp_path}/state.db")), 5) == 3
+    assert len(caplog.records) == 1
+
+
+def test_redis_that_counts_again_is_told_at_the_level_of_its_failure(
+    redis_server: RedisServer, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [time.time()]
+    limits = Limits(settings(redis_server.url), wall=lambda: now[0])
+    shared = limits._ready()[0]
+    assert shared is not None
+    with monkeypatch.context() as broken:
+        broken.setattr(shared, "incr", failing)
+        limits.hit("switch", "ann", per_minute=3)
+        limits.hit("switch", "ann", per_minute=3)
+    now[0] += 11
+    limits.hit("switch", "ann", per_minute=3)
+    assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
+        ("WARNING", "rate limits are counted per process: the shared counter does not answer"),
+        ("WARNING", "rate limits are counted together again"),
+    ]
+
+
+def failing(*_: object, **__: object) -> int:
+    raise StorageError(OSError("no Redis"))
 
 
 def test_each_app_counts_for_itself() -> None:
@@ -117,12 +191,13 @@ def test_redis_is_asked_again_after_a_rest(deaf: int, caplog: pytest.LogCaptureF
     caplog.set_level(logging.WARNING, logger="external_oms")
     now = [1_000_000.0]
     limits = Limits(settings(f"redis://127.0.0.1:{deaf}/0"), wall=lambda: now[0])
-    limits.take("switch", "ann", per_minute=100)
-    limits.take("switch", "ann", per_minute=100)
+    limits.hit("switch", "ann", per_minute=100)
+    limits.hit("switch", "ann", per_minute=100)
     assert len(caplog.records) == 1
     now[0] += 11
-    limits.take("switch", "ann", per_minute=100)
-    assert len(caplog.records) == 2
+    limits.hit("switch", "ann", per_minute=100)
+    assert limits._failed_at == now[0]
+    assert len(caplog.records) == 1, "one line for one failure, however long it lasts"
 
 
 @pytest.mark.parametrize("store", ["rediss+cluster://127.0.0.1:1", "unix:///nowhere/redis.sock"])

@@ -27,9 +27,9 @@ from external_oms.config import FLAG_KEY
 from external_oms.emulator import ConfigAPIEmulator
 from external_oms.settings import ENV_PREFIX
 from external_oms.testing import sign_delivery
-from external_oms.web.access import Role, new_key
+from external_oms.web.keys import Role, new_key
 from external_oms.web.serving import MEMBER_HEADER
-from external_oms.web.webhook import PATH
+from external_oms.webhook import PATH
 
 __all__ = ["DemoEnvironment", "demo"]
 

@@ -23,7 +23,7 @@ from external_oms.policy import Freshness
 from external_oms.settings import ENV_PREFIX, Settings
 from external_oms.stores.memory import MemoryStore
 from external_oms.transport import Transport
-from external_oms.web.app import FLAGS, check_credentials
+from external_oms.web.app import check_credentials
 from external_oms.wiring import Service, build_service, token_source
 
 __all__ = ["Finding", "claims_of", "describe_settings", "doctor", "examine"]
@@ -267,7 +267,7 @@ def _check_store(service: Service) -> Finding:
 
 def _check_server(settings: Settings) -> Finding:
     try:
-        check_credentials(settings, FLAGS)
+        check_credentials(settings)
     except SettingsError as error:
         return Finding("server", "note", f"`external-oms serve` would refuse to start: {error}")
     return Finding("server", "ok", "all routes have credentials")

@@ -19,8 +19,7 @@ from external_oms.cli.base import CommandError, load_settings, stoppable
 from external_oms.config import FLAG_KEY
 from external_oms.emulator import ConfigAPIEmulator
 from external_oms.tenants import is_tenant_name
-from external_oms.web.app import FLAGS, check_credentials
-from external_oms.web.serving import DEFAULT_BIND, THREADS, Serving, is_private, run
+from external_oms.web.serving import DEFAULT_BIND, THREADS, Serving, check, is_private, run
 from external_oms.wiring import make_store
 
 __all__ = ["emulate", "serve"]
@@ -47,7 +46,7 @@ def serve(bind: str, workers: int | None, threads: int, preload: bool, name_memb
     _check_bind(bind, loopback_only=settings.insecure)
     workers = workers or min(MAX_DEFAULT_WORKERS, max(2, os.cpu_count() or 1))
     serving = Serving(bind, workers, threads, preload, name_members)
-    check_credentials(settings, FLAGS if settings.dashboard else FLAGS - {"dashboard"})
+    check(settings, serving)
     make_store(settings).close()  # reports what is wrong once, and not from every worker
     _log_to_stderr()
     run(settings, serving)

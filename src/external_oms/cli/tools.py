@@ -24,9 +24,9 @@ from external_oms.settings import ENV_PREFIX, Settings, listed
 from external_oms.tenants import is_loopback
 from external_oms.testing import sign_delivery
 from external_oms.transport import Transport
-from external_oms.web.access import Role, new_key
+from external_oms.web.keys import Role, new_key
 from external_oms.web.serving import DEFAULT_BIND
-from external_oms.web.webhook import PATH
+from external_oms.webhook import PATH
 
 __all__ = ["keys", "webhook"]
 
