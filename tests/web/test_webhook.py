@@ -241,7 +241,7 @@ def test_what_another_program_leaves_in_redis_is_no_500(
 ) -> None:
     server = start(store=redis_server.url, store_bound_seconds=1.0)
     assert server.deliver().status_code == 200
-    server.oms.service.store.report([Member("host:1", TENANT, 1, True, "fresh", 1.0)])
+    server.oms.store.report([Member("host:1", TENANT, 1, True, "fresh", 1.0)])
     for key in redis_server.holds():
         redis_server.command("SET", key, text)
     server.api.set_enabled(TENANT, True)
