@@ -24,11 +24,10 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("cache",),
     ("heartbeat", "operations"),
     ("wiring",),
-    ("sdk",),
+    ("sdk", "override"),
     ("provider",),
     ("webhook",),
     ("__init__",),
-    ("emulated",),
     ("emulator",),
     ("testing",),
     ("pytest_plugin", "web"),
@@ -40,15 +39,14 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 FOREIGN: dict[str, tuple[str, ...]] = {
     "cachetools": ("stores.memory",),
     "click": ("cli",),
-    "flask": ("web", "emulator", "emulated"),
+    "flask": ("web", "emulator"),
     "gunicorn": ("web", "cli"),
     "itsdangerous": ("web",),
     "jinja2": ("web",),
     "flask_wtf": ("web",),
     "limits": ("web",),
     "markupsafe": ("web",),
-    "openfeature": ("resolution", "provider", "sdk", "testing", "pytest_plugin", "web"),
-    "platformdirs": ("cli",),
+    "openfeature": ("resolution", "provider", "sdk", "override", "web"),
     "prometheus_client": ("web.metrics", "web.serving"),
     "pydantic": ("tenants", "settings", "auth"),
     "pydantic_core": ("settings_errors",),
@@ -56,9 +54,8 @@ FOREIGN: dict[str, tuple[str, ...]] = {
     "pytest": ("pytest_plugin",),
     "redis": ("stores.redis_client",),
     "requests": ("transport", "auth", "client", "wiring", "provider"),
-    "rich": ("cli",),
     "urllib3": ("transport",),
-    "werkzeug": ("web", "emulator", "emulated"),
+    "werkzeug": ("web", "emulator"),
 }
 """Every foreign library and the modules that may import it, anywhere in their code."""
 
@@ -72,6 +69,9 @@ LATE_ONLY = (
     "prometheus_client",
     "gunicorn",
     "pytest",
+    "requests",
+    "urllib3",
+    "cachetools",
 )
 """What `import external_oms` must not import."""
 

@@ -95,7 +95,7 @@ class ConfigClient:
         if etag is not None:
             headers["If-None-Match"] = etag
         with self._transport.deadline(self._deadline_at()) as deadline:
-            response, answered = self._authorized(deadline, "GET", headers, None)
+            response = self._authorized(deadline, "GET", headers, None)
         status = response.status
         if status == HTTPStatus.NOT_MODIFIED and etag is not None:
             return Reading(None, _etag(response) or etag)
@@ -104,8 +104,9 @@ class ConfigClient:
                 raise response.body_error
             return Reading(parse_document(response.body), _etag(response))
         if status in range(200, 300):
-            raise MalformedAnswer(f"{answered}; only 200 comes with a document; check config_path", status=status)
-        raise self._error_for(response, answered, scope=READ_SCOPE)
+            advice = "only 200 comes with a document; check config_path"
+            raise MalformedAnswer(f"{self._answered(response)}; {advice}", status=status)
+        raise self._error_for(response, scope=READ_SCOPE)
 
     def write(self, enabled: bool) -> None:
         """Write the value.
@@ -121,17 +122,17 @@ class ConfigClient:
         """
         headers = {"Accept": "application/json", "Content-Type": "application/json"}
         with self._transport.deadline(self._deadline_at()) as deadline:
-            response, answered = self._authorized(
-                deadline, self._write_method, headers, json.dumps({"enabled": enabled}).encode()
-            )
+            body = json.dumps({"enabled": enabled}).encode()
+            response = self._authorized(deadline, self._write_method, headers, body)
         status = response.status
         if status in range(200, 300):
             return  # whatever the body says: the next read tells what the API now answers
+        answered = self._answered(response)
         if status == HTTPStatus.CONFLICT:
             raise WriteConflict(f"{answered}; the value cannot be changed in its present state", status=status)
         if status >= HTTPStatus.INTERNAL_SERVER_ERROR:
             raise WriteOutcomeUnknown(f"{answered}; the value may have changed: read it back", status=status)
-        error = self._error_for(response, answered, scope=WRITE_SCOPE)
+        error = self._error_for(response, scope=WRITE_SCOPE)
         if isinstance(error, Unauthorized | RateLimited) or status in range(300, 400):
             raise error
         advice = "the value was not written; check config_path and write_method"
@@ -150,17 +151,18 @@ class ConfigClient:
     def _deadline_at(self) -> float:
         return self._clock.monotonic() + self._timeout_seconds
 
-    def _authorized(
-        self, deadline: Deadline, method: str, headers: Mapping[str, str], body: bytes | None
-    ) -> tuple[Response, str]:
-        """Send a request, again with a new token if the first was refused; return the response and a description."""
+    def _authorized(self, deadline: Deadline, method: str, headers: Mapping[str, str], body: bytes | None) -> Response:
+        """Send a request, again with a new token if the first was refused, and return the response."""
         token = self._token.token(deadline=deadline.at)
         response = self._send(deadline, method, headers, body, token)
         if _refused(response) and self._token.renews:
             self._token.drop(token)
             token = self._token.token(deadline=deadline.at)
             response = self._send(deadline, method, headers, body, token)
-        return response, f"{self._subject}: answered {_described(response, self._token)}"
+        return response
+
+    def _answered(self, response: Response) -> str:
+        return f"{self._subject}: answered {_described(response, self._token)}"
 
     def _send(
         self, deadline: Deadline, method: str, headers: Mapping[str, str], body: bytes | None, token: str
@@ -173,9 +175,9 @@ class ConfigClient:
                 raise WriteOutcomeUnknown(f"{self._subject}: {problem}") from error
             raise
 
-    def _error_for(self, response: Response, answered: str, *, scope: str) -> ReadError:
+    def _error_for(self, response: Response, *, scope: str) -> ReadError:
         """Return the error for a status that is not a success; it carries the Retry-After of 429 and 5xx."""
-        status = response.status
+        status, answered = response.status, self._answered(response)
         wait = parse_retry_after(
             response.headers.get("Retry-After"),
             now_wall=self._clock.wall(),

@@ -96,21 +96,20 @@ class Deadline:
             raise Unavailable(f"{self._subject}: {self._reason}")
         return left
 
-    def watch(self, sock: socket.socket) -> None:
-        """Shut this socket down when the deadline ends.
+    def watch(self, sock: socket.socket) -> float:
+        """Shut this socket down when the deadline ends, and return the seconds left, > 0.
 
         Raises:
             Unavailable: It has ended.
         """
-        left = self.remaining_seconds()
         with self._lock:
             self._sockets.append(sock.dup())
             if self._timer is None:
-                timer = threading.Timer(left, self.abort)
+                timer = threading.Timer(max(0.0, self.at - self._clock.monotonic()), self.abort)
                 timer.daemon = True
                 timer.start()
                 self._timer = timer
-        self.remaining_seconds()  # if it ended before the socket was on the list, nobody shut the socket down
+        return self.remaining_seconds()  # nobody shuts a socket down that was listed after the end
 
     def abort(self, reason: str | None = None) -> None:
         """End it from any thread: a caller that waits on a socket wakes up.
@@ -267,12 +266,13 @@ class Transport:
 
     def _body(self, response: requests.Response, deadline: Deadline) -> bytes:
         received = bytearray()
-        # In the application's session only a check after each byte ends a body that drips.
+        # In the application's session only a check after each byte ends a body that drips; in ours the socket is shut.
         for chunk in response.iter_content(16_384 if self._own else 1):
             received += chunk
             if len(received) > MAX_RESPONSE_BYTES:
                 raise MalformedAnswer(f"{self._subject}: the response is longer than {MAX_RESPONSE_BYTES} bytes")
-            deadline.remaining_seconds()
+            if not self._own:
+                deadline.remaining_seconds()
         deadline.remaining_seconds()  # a connection that was shut down looks like the end of a body without a length
         return bytes(received)
 
@@ -380,8 +380,7 @@ class _Connection(HTTPConnection):
             try:
                 for option in self.socket_options or ():
                     sock.setsockopt(*option)
-                sock.settimeout(deadline.remaining_seconds() / (len(addresses) - tried))
-                deadline.watch(sock)
+                sock.settimeout(deadline.watch(sock) / (len(addresses) - tried))
                 sock.connect(address)
                 sock.settimeout(deadline.remaining_seconds())
             except BaseException as error:

@@ -99,7 +99,7 @@ def test_in_a_short_storm_nothing_old_is_fresh_and_no_delivery_is_lost_or_taken_
     store: str, tmp_path: Path
 ) -> None:
     with placed(store, tmp_path, workers=2) as place:
-        place.rage(3.0, senders=20)
+        place.rage(2.0, senders=20)
 
 
 @pytest.mark.soak

@@ -164,6 +164,20 @@ def test_a_dead_redis_costs_little_and_each_process_counts_alone(caplog: pytest.
     assert "secret-of-redis" not in caplog.text
 
 
+def test_what_another_program_puts_in_the_place_of_a_count_is_not_counted_on(
+    redis_server: RedisServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING, logger="external_oms")
+    limits = Limits(settings(redis_server.url))
+    assert allowed(limits, 1) == 1
+    with redis_server.client() as client:
+        (count,) = client.keys("external_oms:limits*")
+        client.set(count, "[" * 100_000)
+    limits.check("switch", "ann", per_minute=3)
+    assert allowed(limits, 5) == 3
+    assert len(caplog.records) == 1
+
+
 @pytest.mark.serial
 def test_a_deaf_redis_holds_one_request_up_and_no_other(deaf: int, caplog: pytest.LogCaptureFixture) -> None:
     limits = Limits(settings(f"redis://127.0.0.1:{deaf}/0"))

@@ -40,9 +40,9 @@ Server: TypeAlias = Redis
 SENTINEL_PORT = 26_379
 CLUSTER_PORT = 6_379
 
-FAILURES = (RedisError, RedisClusterException, ChildDeadlockedError, OSError, ValueError)
+FAILURES = (RedisError, RedisClusterException, ChildDeadlockedError, OSError, ValueError, AttributeError)
 """Everything that redis-py raises. Not all of it descends from RedisError, and a connection that another thread closes
-raises ValueError, because its buffer is closed."""
+raises ValueError or AttributeError, because its buffer is closed or gone."""
 
 _NO_ANSWER = "does not answer; check that it runs and can be reached as the setting `store` says"
 
@@ -53,7 +53,7 @@ _COMPLAINTS: tuple[tuple[type[Exception] | tuple[type[Exception], ...], str], ..
     (OutOfMemoryError, "has no memory left; raise maxmemory"),
     (BusyLoadingError, "is loading its data set; wait for the end of that"),
     ((ClusterDownError, SlotNotCoveredError, RedisClusterException), "has no node for these keys; check the cluster"),
-    ((ConnectionError, TimeoutError, OSError, ValueError, ChildDeadlockedError), _NO_ANSWER),
+    ((ConnectionError, TimeoutError, OSError, ValueError, AttributeError, ChildDeadlockedError), _NO_ANSWER),
 )
 
 

@@ -118,7 +118,7 @@ class Limits:
             return work(own)
         try:
             result = work(shared)
-        except StorageError:
+        except (StorageError, ValueError):  # ValueError: another program has put a text in the place of a count
             if self._failed_at is None:
                 logger.warning("rate limits are counted per process: the shared counter does not answer")
             self._failed_at = self._wall()
