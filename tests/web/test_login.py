@@ -363,6 +363,15 @@ def test_logging_out_at_one_worker_ends_the_session_and_its_streams_at_all(
             assert stream.raw.read() is not None, "the stream has ended"
 
 
+def test_several_processes_that_share_no_secret_refuse_logins_and_say_why(start: StartServer) -> None:
+    many = {"wsgi.multiprocess": True}
+    for given, status in (({}, 503), ({"session_secret": SIGNED}, 303)):
+        server = start(**given)
+        data = {"csrf_token": form_token(server.client.get("/login")), "key": KEYS["viewer"]}
+        answer = server.client.post("/login", data=data, environ_overrides=many)
+        assert (answer.status_code, "session_secret" in answer.text) == (status, status == 503)
+
+
 def test_a_secret_that_is_too_short_is_refused_by_name_and_not_quoted(api: ConfigAPIEmulator) -> None:
     settings = api.settings(TENANT, api_keys=ENTRIES, webhook_secrets=[SECRET], session_secret="tiny-secret")
     with pytest.raises(SettingsError, match=r"^session_secret: is shorter than 16") as refused:

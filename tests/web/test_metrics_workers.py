@@ -50,6 +50,8 @@ def test_the_page_shows_the_counts_of_all_workers(tmp_path: Path) -> None:
             for _ in range(4):
                 asked(connection, "POST", FLAG_PATH, '{"context": {}}')
         pages = [asked(connection, "GET", f"/tenants/{TENANT}")[1] for connection in workers.values()]
+        for connection in workers.values():
+            connection.close()
     counts = [re.findall(r"<desc[^>]*>((?:≤ 50 ms|ON): [^<]*)</desc>", page) for page in pages]
     assert counts[0] == counts[1]
     assert sum(int(count) for count in re.findall(r": (\d+)[;.]", counts[0][0])) >= 2

@@ -405,3 +405,12 @@ def test_deliveries_leave_a_line_and_refused_ones_are_counted_in_one_line_a_minu
     assert first.startswith("refused deliveries: unauthorized (webhook-id is not 1 to 256 printable ASCII characters")
     assert later.startswith("refused deliveries in the last minute: 100 (99 unauthorized, 1 bad_request); last: ")
     assert "do-not-log-me" not in caplog.text
+
+
+def test_behind_a_proxy_refused_deliveries_are_limited_by_the_address_before_it(start: StartServer) -> None:
+    server = start(webhook_per_minute=1, proxies=1)
+
+    def refused(address: str) -> int:
+        return server.client.post(HOOK, json={}, headers={"X-Forwarded-For": address}).status_code
+
+    assert [refused("192.0.2.1"), refused("192.0.2.2"), refused("192.0.2.1")] == [401, 401, 429]

@@ -54,6 +54,15 @@ class Kind(StrEnum):
         """The kind in words."""
         return _LABELS[self]
 
+    @property
+    def swatch(self) -> Markup:
+        """A small picture of the kind for a legend."""
+        top, height = (part / 2 for part in _BOXES.get(self, (2, 24)))
+        return Markup(
+            '<svg class="chart" width="12" height="14" aria-hidden="true">'
+            '<rect class="{}" y="{:g}" width="12" height="{:g}"/></svg>'
+        ).format(self.value, top, height)
+
 
 _LABELS = {
     Kind.ON: "ON",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import weakref
 from collections.abc import Mapping
 from functools import cached_property
 from typing import NamedTuple, cast
@@ -26,7 +27,7 @@ from external_oms.web.limits import Limits
 from external_oms.web.sse import Broker
 from external_oms.webhook import RefusalLog, Webhook
 
-__all__ = ["EXTENSION", "OMS", "Evaluation", "current_oms", "get_oms", "provider_of"]
+__all__ = ["EXTENSION", "OMS", "Evaluation", "current_oms", "get_oms", "instances", "provider_of"]
 
 EXTENSION = "external_oms"
 """The key in `app.extensions`."""
@@ -104,6 +105,7 @@ class OMS:
             at=service.cache.runner.at,
         )
         self._warned: set[str] = set()
+        instances.add(self)
 
     @cached_property
     def hosts(self) -> Mapping[str, str]:
@@ -120,6 +122,10 @@ class OMS:
         if message not in self._warned:
             self._warned.add(message)
             logger.warning(message, *values)
+
+
+instances: weakref.WeakSet[OMS] = weakref.WeakSet()
+"""Those of this process, which a server ends whatever the application is wrapped in."""
 
 
 def provider_of(settings: Settings, given: ExternalOMSProvider | None) -> ExternalOMSProvider:
