@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import partial
-from itertools import pairwise
+from itertools import count, pairwise
 
 import pytest
 
@@ -225,6 +225,22 @@ def test_in_the_local_store_the_process_has_a_name_of_its_own_and_still_knows_wh
     assert process.store.is_own(shared_name)
     assert process.store.is_own(process.store.holder)
     assert not process.store.is_own("them")
+
+
+def test_tenants_that_are_first_used_while_the_store_fails_or_recovers_disturb_neither(process: Process) -> None:
+    touch, number = process.shared.touch, count()
+
+    def touch_while_another_tenant_comes(tenant: str) -> None:
+        touch(tenant)
+        process.store.load(f"new-{next(number)}")
+
+    process.shared.touch = touch_while_another_tenant_comes  # type: ignore[method-assign]  # what another thread does
+    process.read()
+    process.fail()
+    process.invalidate()
+    process.recover()
+    assert process.store.health().ok
+    assert process.shared.data.load(TENANT).generation > 0
 
 
 # -- busy ------------------------------------------------------------------------------------------------------------

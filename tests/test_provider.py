@@ -1039,6 +1039,11 @@ def test_a_tenant_that_cannot_be_compared_or_printed_is_an_invalid_context(make:
         provider.enabled(Odd())  # type: ignore[arg-type]  # what is tested
 
 
+def test_a_context_without_attributes_names_no_tenant(make: Make) -> None:
+    context = EvaluationContext(attributes=None)  # type: ignore[arg-type]  # what is tested
+    assert make().resolve_boolean_details(FLAG_KEY, False, context).value is True
+
+
 @pytest.mark.parametrize("key", [5, None, Odd, ["x"]])
 def test_a_key_that_is_no_text_is_not_found(make: Make, key: Any) -> None:  # noqa: ANN401 - what is tested
     with pytest.raises(FlagNotFoundError):

@@ -174,7 +174,8 @@ class ExternalOMSProvider(AbstractProvider):
         if self._shut:
             raise ProviderNotReadyError("the provider was shut down")
         try:
-            return self._cache.tenant_of(context.attributes.get(ATTRIBUTE) if context is not None else None)
+            attributes = context.attributes if context is not None else None
+            return self._cache.tenant_of(attributes.get(ATTRIBUTE) if attributes else None)
         except TenantError as error:
             raise InvalidContextError(str(error)) from error
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,8 +21,9 @@ from redis.sentinel import SentinelConnectionPool
 
 from external_oms.errors import SettingsError, StoreError
 from external_oms.records import Cause, Event, Member
+from external_oms.stores import redis as redis_module
 from external_oms.stores.redis import RedisStore
-from external_oms.stores.redis_client import client_factory
+from external_oms.stores.redis_client import Client, client_factory
 from tests.support.contract import delivered, invalidated, leased
 from tests.support.ports import free_port
 from tests.support.redis import RedisProxy, RedisServer
@@ -179,6 +182,29 @@ def test_a_ready_client_can_be_handed_in_and_is_not_closed(directory: Path, deco
         assert client.connection_pool._available_connections, "they were given back, and not closed"
         assert client.ping()
         client.close()
+
+
+def test_threads_that_come_first_at_once_make_one_client(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[redis.Redis] = []
+
+    def slow_factory(url: str, *, timeout_seconds: float) -> Callable[[], Client]:
+        make = client_factory(url, timeout_seconds=timeout_seconds)
+
+        def make_slowly() -> Client:
+            together.wait(0.2)  # a second thread would come here too
+            made.append(cast("redis.Redis", make()))
+            return made[-1]
+
+        return make_slowly
+
+    together = threading.Event()
+    monkeypatch.setattr(redis_module, "client_factory", slow_factory)
+    with RedisServer(directory) as server, ThreadPoolExecutor(8) as pool:
+        store = RedisStore(server.url)
+        generations = list(pool.map(lambda _: invalidated(store, "acme"), range(8)))
+        store.close()
+    assert len(set(generations)) == 8
+    assert len(made) == 1
 
 
 def test_one_of_url_and_client_is_needed() -> None:

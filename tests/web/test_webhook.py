@@ -13,6 +13,7 @@ from werkzeug.test import EnvironBuilder, TestResponse, run_wsgi_app
 from external_oms import signature
 from external_oms.emulator import ConfigAPIEmulator, Fault
 from external_oms.errors import StoreBusy, StoreError
+from external_oms.records import Member
 from external_oms.web.problems import PROBLEM_TYPE
 from tests.support.redis import RedisServer
 from tests.support.stores import FaultyStore
@@ -230,6 +231,26 @@ def test_a_store_that_fails_is_answered_for_or_is_a_503_with_retry_after(
     assert answer.status_code in {200, 502, 503}
     if answer.status_code == 503:
         assert int(answer.headers["Retry-After"]) >= 1
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, '7\n{"generation": 9007199254740992}', '{"at": Infinity}', "\x00"], ids=len
+)
+def test_what_another_program_leaves_in_redis_is_no_500(
+    start: StartServer, redis_server: RedisServer, text: str
+) -> None:
+    server = start(store=redis_server.url, store_bound_seconds=1.0)
+    assert server.deliver().status_code == 200
+    server.parts.service.store.report([Member("host:1", TENANT, 1, True, "fresh", 1.0)])
+    for key in redis_server.holds():
+        redis_server.command("SET", key, text)
+    server.api.set_enabled(TENANT, True)
+    answer = server.deliver().json
+    assert answer is not None
+    assert (answer["duplicate"], answer["enabled"]) == (False, True)
+    assert [server.get(path).status_code for path in ("/", "/metrics", "/api/v1/history", "/api/v1/tenants")] == [
+        200
+    ] * 4
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------------
