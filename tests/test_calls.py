@@ -47,7 +47,7 @@ def test_a_cold_evaluation_and_a_delivery_call_few_functions(
                 assert provider.resolve_boolean_details(FLAG_KEY, True).value is False
             evaluation = calls.total, len(calls.modules), str(calls)
             deliveries = []
-            for number in range(3):
+            for number in range(5):
                 wait_until(lambda: provider.state().freshness == "fresh")
                 with calls.counting():
                     tenant = external_oms_api.tenants[0]

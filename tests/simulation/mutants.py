@@ -107,7 +107,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("an invalidation that meets a failure of the store is not taken alone", "stores.fallback", "                self._known.raise_to(tenant, generation)  # a local store that is made from now on begins with it\n                if self._local is not None:\n                    self._invalidate_alone(self._local, tenant, [Invalidation()], shared=generation)\n", ""),
     Mutant("a failed store leaves the old version words in force", "stores.fallback", "        self._touch_all(self._shared)\n        return local", "        return local"),
     Mutant("a store that failed is never used again", "stores.fallback", "        self._recover(local)\n", ""),
-    Mutant("a busy store leaves this process as it was", "stores.fallback", "                results = (Invalidated(self._known.owe(tenant, more=len(requests))),) * len(requests)\n", "                results = (Invalidated(1),) * len(requests)\n"),
+    Mutant("a busy store leaves this process as it was", "stores.fallback", "                results = (Invalidated(self._known.owe_next(tenant, len(requests))),) * len(requests)\n", "                results = (Invalidated(1),) * len(requests)\n"),
     Mutant("a change in memory does not change the version word", "stores.memory", "                self._versions[self._index_of(tenant)] += 1\n            return change.result", "            return change.result"),
     Mutant("the first of two flights takes the second one with it", "singleflight", "        self.flight, self.next_flight = self.next_flight, None", "        self.flight, self.next_flight = None, None", seed=46),
     Mutant("evaluations wait for their read though a value may be served meanwhile", "cache", "            flight.serve()\n", "            pass\n"),

@@ -68,11 +68,15 @@ class _Known:
         """Return the last entry."""
         return self.entries.get(tenant, _EMPTY)
 
-    def owe(self, tenant: str, generation: int = 0, *, more: int = 0) -> int:
-        """Owe a generation, or so many more than this process knows; return what is owed now."""
+    def owe(self, tenant: str, generation: int) -> None:
+        """Owe a generation that this process serves and the store does not have."""
         with self._lock:
-            known = max(self.owed.get(tenant, 0), self.get(tenant).generation) if more else 0
-            owed = self.owed[tenant] = max(self.owed.get(tenant, 0), generation, known + more)
+            self.owed[tenant] = max(self.owed.get(tenant, 0), generation)
+
+    def owe_next(self, tenant: str, count: int) -> int:
+        """Owe so many generations more than this process knows; return the last one."""
+        with self._lock:
+            owed = self.owed[tenant] = max(self.owed.get(tenant, 0), self.get(tenant).generation) + count
             return owed
 
     def settle(self, tenant: str, owed: int) -> None:
@@ -261,7 +265,7 @@ class Fallback:
             try:
                 results = self._shared.transact(tenant, transition, delivery_ids=ids)
             except StoreBusy:
-                results = (Invalidated(self._known.owe(tenant, more=len(requests))),) * len(requests)
+                results = (Invalidated(self._known.owe_next(tenant, len(requests))),) * len(requests)
                 self.touch(tenant)
                 return results, False
             except Exception as error:  # noqa: BLE001 - as in `version_ref`

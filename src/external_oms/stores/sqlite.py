@@ -97,6 +97,8 @@ MAX_ID = (1 << 63) - 1
 NOTICE_SECONDS = 60.0
 """How long `health` reports that something was set aside: several scrapes of a monitoring system."""
 
+OCCUPIED = "other threads of this process keep the state file busy; try again"
+
 T = TypeVar("T")
 
 _EMPTY = Entry()
@@ -193,7 +195,7 @@ class _Channel(FairLock):
             StoreBusy: Other threads of this process did not finish in time.
         """
         if not self.acquire(timeout_seconds):
-            raise StoreBusy("other threads of this process keep the state file busy; try again")
+            raise StoreBusy(OCCUPIED)
         try:
             yield
         finally:
@@ -406,14 +408,17 @@ class SqliteStore:
         """
         file = file or self._file or self._open_for_reading()
         reader = self._reader
+        if not reader.acquire(TURN_SECONDS):  # not `use`, which costs every load two calls
+            raise StoreBusy(OCCUPIED)
         try:
-            with reader.use(TURN_SECONDS):
-                result = work(reader.connection(file))
+            result = work(reader.connection(file))
         except sqlite3.Error as error:
             if not file.is_in_place():
                 self._suspect = True
                 raise StoreBusy(f"{self._path} was replaced, and is opened anew at the next poll") from error
             raise self._failure(error, "read") from error
+        finally:
+            reader.release()
         if self._problems:
             self._problems.pop("read", None)
         return result

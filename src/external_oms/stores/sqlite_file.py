@@ -175,8 +175,10 @@ def next_version(connection: sqlite3.Connection) -> int:
     Raises:
         DamagedError: The counter is not a number in range.
     """
-    version = _counter(connection) + 1
-    connection.execute("UPDATE service SET version = ?", (version,))
+    count = "UPDATE service SET version = version + 1 WHERE typeof(version) = 'integer' AND version BETWEEN 0 AND ?"
+    if connection.execute(count, (MAX_VERSION - 2,)).rowcount != 1:
+        raise DamagedError("the version counter is missing or out of range")
+    version: int = connection.execute("SELECT version FROM service").fetchone()[0]
     return version
 
 
