@@ -35,7 +35,7 @@ from typing import Generic, Protocol, TypeVar
 
 from external_oms.config import Reading
 from external_oms.errors import LaggingAnswer, MalformedAnswer
-from external_oms.records import Cause, Event
+from external_oms.records import FIRST_VALUE, Cause, Event
 
 __all__ = [
     "BackedOff",
@@ -600,7 +600,7 @@ def _read_events(
                 cause=Cause.CHANGED,
                 enabled=snapshot.enabled,
                 latency_seconds=latency_seconds,
-                detail="first value" if entry.snapshot is None else "the value changed",
+                detail=FIRST_VALUE if entry.snapshot is None else "the value changed",
             )
         )
     return tuple(events)

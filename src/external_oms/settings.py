@@ -169,6 +169,9 @@ class Settings(BaseSettings):
         session_secret: Signs session cookies. Not set: made up at each start, so that logins end with the server; set
             the same one at every host of a fleet.
         session_seconds: How long a login lasts. 8 hours: a shift.
+        environment: What this server is for, such as `production`: a word on every page. None: no word.
+        environment_color: Its colour: `red`, `amber`, `green`, `blue`, `purple` or `gray`. None: by the word, red for
+            production, amber for staging and tests, blue for anything else.
         insecure: Start without credentials; on loopback only.
     """
 
@@ -228,6 +231,8 @@ class Settings(BaseSettings):
     proxies: Annotated[int, Field(ge=0, le=16)] = 0
     session_secret: SecretStr | None = None
     session_seconds: Seconds = 8 * 3600.0
+    environment: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._-]{0,31}$")] | None = None
+    environment_color: Literal["red", "amber", "green", "blue", "purple", "gray"] | None = None
     insecure: bool = False
 
     def __init__(self, **given: Any) -> None:  # noqa: ANN401 - pydantic's own constructor takes anything and checks it

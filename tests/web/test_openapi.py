@@ -86,6 +86,8 @@ def test_every_route_is_documented_and_every_documented_path_is_a_route(server: 
     routes = api.routed_paths(server.app)
     pages = {
         "/",
+        "/history.csv",
+        "/history.json",
         "/login",
         "/logout",
         "/static/external-oms/{filename}",
