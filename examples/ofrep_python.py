@@ -18,7 +18,7 @@ from werkzeug.serving import make_server
 from external_oms import FLAG_KEY
 from external_oms.testing import ConfigAPIEmulator, sign_delivery
 from external_oms.web import create_app
-from external_oms.web.access import Role, new_key
+from external_oms.web.keys import Role, new_key
 
 SECRET = "whsec_" + base64.b64encode(secrets.token_bytes(24)).decode()
 KEY, ENTRY = new_key("example", Role.VIEWER)

@@ -461,7 +461,7 @@ def test_a_delivery_is_signed_with_no_other_setting_than_the_secret(
     assert result.stdout.startswith("200 in ")
     ((headers, body),) = Receiver.got
     known = verify(body, headers, secrets=[SECRET], tolerance_seconds=60, now_wall=time.time())
-    assert (known, json.loads(body)["tenant"]) == ("msg_1", "acme")
+    assert (known.delivery_id, json.loads(body)["tenant"]) == ("msg_1", "acme")
 
 
 def test_a_key_is_shown_as_a_bearer_where_no_secret_is_set(receiver: str, monkeypatch: pytest.MonkeyPatch) -> None:

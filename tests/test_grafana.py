@@ -30,15 +30,15 @@ def scraped() -> Scrape:
     """A scrape in which every metric has a series."""
     with ConfigAPIEmulator([TENANT]) as api:
         app = create_app(api.settings(insecure=True, webhook_secrets=(), metrics_open=True))
-        client, parts = app.test_client(), app.extensions["external_oms"]
+        client, oms = app.test_client(), app.extensions["external_oms"]
         try:
-            assert parts.service.cache.refresh(TENANT).entry.snapshot is not None
+            assert oms.provider.service.cache.refresh(TENANT).entry.snapshot is not None
             assert client.post("/webhooks/external-oms", json={}).status_code == 200
-            parts.service.heartbeat._report()
+            oms.provider.service.heartbeat._report()
             wait_until(lambda: "last_invalidation_applied_seconds{" in client.get("/metrics").text)
             return Scrape.of(client.get("/metrics").text)
         finally:
-            parts.provider.shutdown()
+            oms.provider.shutdown()
 
 
 @cache

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import subprocess
 import sys
+import time
 from datetime import UTC, datetime
 
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from standardwebhooks import Webhook
 
 from external_oms.errors import SignatureError
-from external_oms.signature import bearer_matches, check_secret, sign, verify
+from external_oms.signature import check_secret, matching_bearer, sign, verify
 
 NOW = 1_780_000_000.0
 BODY = b'{"tenant": "acme", "name": "changed"}'
@@ -29,7 +30,7 @@ OLD, NEW, FOREIGN = _secret(1), _secret(2), _secret(3)
 def _verify(
     headers: dict[str, str], *, body: bytes = BODY, secrets: tuple[str, ...] = (OLD, NEW), now: float = NOW
 ) -> str:
-    return verify(body, headers, secrets=secrets, tolerance_seconds=300, now_wall=now)
+    return verify(body, headers, secrets=secrets, tolerance_seconds=300, now_wall=now).delivery_id
 
 
 def _signed(secret: str = NEW, *, delivery_id: str = "msg_1", at: float = NOW, body: bytes = BODY) -> dict[str, str]:
@@ -192,15 +193,44 @@ def test_a_malformed_secret_is_refused_and_not_repeated(secret: str) -> None:
         ("Bearer é\ud800", False),
     ],
 )
-def test_a_bearer_matches_one_of_the_keys_or_none(header: str | None, matches: bool) -> None:
-    assert bearer_matches(header, ["k1", "k2", ""]) is matches
+def test_a_matching_bearer_one_of_the_keys_or_none(header: str | None, matches: bool) -> None:
+    assert (matching_bearer(header, ["k1", "k2", ""]) > 0) is matches
 
 
 @given(header=st.none() | st.text(), keys=st.lists(st.text(), max_size=3))
 def test_no_bearer_raises(header: str | None, keys: list[str]) -> None:
-    bearer_matches(header, keys)
+    matching_bearer(header, keys)
 
 
 def test_the_library_comes_in_with_the_first_signature_only() -> None:
     code = "import sys, external_oms.signature; assert 'standardwebhooks' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=30)
+
+
+def test_which_secret_and_which_key_it_was_is_known() -> None:
+    for number, secret in enumerate((OLD, NEW), start=1):
+        found = verify(BODY, _signed(secret), secrets=(OLD, NEW), tolerance_seconds=300, now_wall=NOW)
+        assert found == ("msg_1", number)
+    assert [matching_bearer(f"Bearer {key}", ["k1", "k2"]) for key in ("k1", "k2", "k3")] == [1, 2, 0]
+
+
+@pytest.mark.parametrize("number", range(20))
+def test_the_library_of_the_standard_verifies_what_is_signed_here_and_the_other_way_round(number: int) -> None:
+    """Interoperability: `standardwebhooks` is the reference of the specification's authors."""
+    body, secret = (
+        b'{"number": %d, "text": "\xc3\xa9"}' % number,
+        f"whsec_{base64.b64encode(bytes([number]) * 32).decode()}",
+    )
+    library, now = Webhook(secret), int(time.time())
+    headers = sign(body, secret=secret, delivery_id=f"msg_{number}", at_wall=now)
+    assert library.verify(body.decode(), headers) == {"number": number, "text": "\u00e9"}
+    signed = library.sign(f"msg_{number}", datetime.fromtimestamp(now, tz=UTC), body.decode())
+    theirs = headers | {"webhook-signature": signed}
+    assert verify(body, theirs, secrets=[secret], tolerance_seconds=300, now_wall=now).entry == 1
+
+
+def test_a_timestamp_is_signed_as_it_was_sent() -> None:
+    headers = _signed()
+    headers["webhook-timestamp"] = "0" + headers["webhook-timestamp"]
+    with pytest.raises(SignatureError, match="no configured secret"):
+        _verify(headers)

@@ -143,18 +143,16 @@ class Settings(BaseSettings):
         writes_per_minute: How often one name may switch, and how often have the API read, a minute. 60: as often as
             the API likes.
         logins_per_minute: How often one address may try to log in, a minute. 10: no person mistypes faster.
-        evaluations_per_minute: How often one key may evaluate over HTTP, a minute and process. 60000: no shop comes
-            close.
         api_keys: `name:role:sha256-hex` entries of who may see (viewer), refresh (operator) and switch (admin).
         dashboard: Whether the page is served.
         metrics_open: Whether `/metrics` is served without a key.
         ofrep_origins: Browser origins that may call OFREP. None: no cross-origin access.
         max_streams: Server-sent event streams at once in one process. 500: each holds a thread, of 4096 in many
             containers.
-        trusted_proxies: Addresses or networks whose identity header is believed. None.
-        identity_header: The header in which a trusted proxy names the person.
-        identity_role: The role of a person so named.
-        session_secret: Signs session cookies. Not set: kept beside a file store, else made up where the server starts.
+        proxies: How many proxies stand in front of the server. 0: no X-Forwarded header is believed. Each proxy must
+            set, or remove, X-Forwarded-For, -Proto, -Host and -Prefix.
+        session_secret: Signs session cookies. Not set: made up at each start, so that logins end with the server; set
+            the same one at every host of a fleet.
         session_seconds: How long a login lasts. 8 hours: a shift.
         insecure: Start without credentials; on loopback only.
     """
@@ -205,15 +203,12 @@ class Settings(BaseSettings):
     max_waiters_per_tenant: Annotated[int, Field(ge=0, le=4096)] = 16
     writes_per_minute: Annotated[int, Field(ge=1)] = 60
     logins_per_minute: Annotated[int, Field(ge=1)] = 10
-    evaluations_per_minute: Annotated[int, Field(ge=1)] = 60_000
     api_keys: Texts = ()
     dashboard: bool = True
     metrics_open: bool = False
     ofrep_origins: Texts = ()
     max_streams: Annotated[int, Field(ge=0, le=10_000)] = 500
-    trusted_proxies: Texts = ()
-    identity_header: str = "X-Forwarded-User"
-    identity_role: Literal["viewer", "operator", "admin"] = "viewer"
+    proxies: Annotated[int, Field(ge=0, le=16)] = 0
     session_secret: SecretStr | None = None
     session_seconds: Seconds = 8 * 3600.0
     insecure: bool = False
@@ -296,11 +291,6 @@ class Settings(BaseSettings):
             if problem:
                 raise SettingsError("api_keys", f"entry {number} {problem}")
             digests.add(digest)
-        for given in self.trusted_proxies:
-            if given.endswith("/0"):
-                raise SettingsError("trusted_proxies", f"{given!r} is every address, so anybody could give any name")
-        if not re.fullmatch(r"[A-Za-z0-9-]{1,64}", self.identity_header) or self.identity_header.lower() in _NO_NAMES:
-            raise SettingsError("identity_header", f"{self.identity_header[:80]!r} is not a header that names a person")
 
     def _refuse_shared_addresses(self) -> None:
         """Two tenants at one address would be one configuration under two names, read with two tenants' tokens."""
@@ -362,6 +352,3 @@ _LEAST_KEY = 8
 
 _HASH_OF_NOTHING = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
 """SHA-256 of an empty key, which every request would show."""
-
-_NO_NAMES = frozenset({"authorization", "cookie", "host", "proxy-authorization", "x-api-key", "x-forwarded-for"})
-"""Headers that say something else than who asks."""

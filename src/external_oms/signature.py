@@ -1,7 +1,7 @@
-"""Is this delivery genuine? Every configured key is tried, in constant time, whatever the sender sent.
+"""Sign deliveries and verify their signatures, in constant time over every configured secret; pure.
 
-Pure: the moment is an argument. Source: Standard Webhooks 1.0 (`webhook-id`, `webhook-timestamp`, `webhook-signature`;
-secrets are `whsec_` and 24 to 64 bytes in base64).
+Source: Standard Webhooks 1.0 (`webhook-id`, `webhook-timestamp`, `webhook-signature`; secrets are `whsec_` and 24 to 64
+bytes in base64).
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import hashlib
 import hmac
 import re
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
+from typing import NamedTuple
 
 from external_oms.errors import SignatureError
 
-__all__ = ["bearer_matches", "check_secret", "sign", "verify"]
+__all__ = ["Verified", "check_secret", "matching_bearer", "sign", "verify"]
 
 _SECRET_PREFIX = "whsec_"  # noqa: S105 - the public prefix of every secret
 _SECRET_BYTES = range(24, 65)
@@ -29,6 +29,18 @@ _MAX_SIGNATURES_LENGTH = 4096
 """Characters of `webhook-signature`: a rotation sends two signatures of 47; this leaves room for eighty."""
 
 
+class Verified(NamedTuple):
+    """A genuine delivery.
+
+    Attributes:
+        delivery_id: Its id.
+        entry: The number of the secret that signed it, from 1.
+    """
+
+    delivery_id: str
+    entry: int
+
+
 def verify(
     body: bytes,
     headers: Mapping[str, str],
@@ -36,8 +48,8 @@ def verify(
     secrets: Sequence[str],
     tolerance_seconds: float,
     now_wall: float,
-) -> str:
-    """The id of a genuine delivery.
+) -> Verified:
+    """Return the id of a genuine delivery, and which secret signed it.
 
     Args:
         body: The raw body, as received; its size is bounded by the caller.
@@ -63,14 +75,15 @@ def verify(
         raise SignatureError(f"webhook-signature is longer than {_MAX_SIGNATURES_LENGTH} characters")
     # Text that is not ASCII was never base64: its stand-in compares unequal, where compare_digest on text would raise.
     candidates = [part.encode("ascii", "backslashreplace") for part in shown.split(" ")]
-    genuine = False
-    for secret in secrets:
-        expected = _signature(body, secret, delivery_id, int(stamp)).encode("ascii")
+    entry = 0
+    for number, secret in enumerate(secrets, start=1):
+        expected = _signature(body, secret, delivery_id, stamp).encode("ascii")
         for candidate in candidates:
-            genuine |= hmac.compare_digest(expected, candidate)
-    if not genuine:
+            if hmac.compare_digest(expected, candidate):
+                entry = entry or number
+    if not entry:
         raise SignatureError("no configured secret made any of the signatures")
-    return delivery_id
+    return Verified(delivery_id, entry)
 
 
 def sign(body: bytes, *, secret: str, delivery_id: str, at_wall: float) -> dict[str, str]:
@@ -92,12 +105,14 @@ def sign(body: bytes, *, secret: str, delivery_id: str, at_wall: float) -> dict[
     return {
         "webhook-id": delivery_id,
         "webhook-timestamp": str(int(at_wall)),
-        "webhook-signature": _signature(body, secret, delivery_id, int(at_wall)),
+        "webhook-signature": _signature(body, secret, delivery_id, str(int(at_wall))),
     }
 
 
-def bearer_matches(header: str | None, keys: Sequence[str]) -> bool:
-    """Whether an Authorization header shows one of the keys as a bearer; each key is compared, in constant time.
+def matching_bearer(header: str | None, keys: Sequence[str]) -> int:
+    """Return the number of the key, from 1, that an Authorization header shows as a bearer; 0 where it shows none.
+
+    Each key is compared, in constant time.
 
     Args:
         header: The header's text, or None where there is none.
@@ -105,28 +120,34 @@ def bearer_matches(header: str | None, keys: Sequence[str]) -> bool:
     """
     scheme, _, shown = (header or "").partition(" ")
     digest = _digest(shown.strip())
-    matches = False
-    for key in keys:
-        matches |= hmac.compare_digest(digest, _digest(key)) and key != ""
-    return matches and scheme.lower() == "bearer"
+    entry = 0
+    for number, key in enumerate(keys, start=1):
+        if hmac.compare_digest(digest, _digest(key)) and key != "":
+            entry = number
+    return entry if scheme.lower() == "bearer" else 0
 
 
 def check_secret(secret: str) -> None:
     """Refuse a configured secret that is not `whsec_` and 24 to 64 bytes in base64.
 
     Raises:
-        SignatureError: It is not one; the message says what is expected and nothing of what was given.
+        SignatureError: The message says what is expected and nothing of what was given.
     """
+    _key_of(secret)
+
+
+def _key_of(secret: str) -> bytes:
     expected = "must be whsec_ followed by 24 to 64 bytes in base64"
     if not secret.startswith(_SECRET_PREFIX):
         raise SignatureError(expected)
     encoded = secret.removeprefix(_SECRET_PREFIX).rstrip("=")
     try:
         key = base64.b64decode(encoded + "=" * (-len(encoded) % 4), validate=True)
-    except (binascii.Error, ValueError):  # from neither: both may quote the secret
+    except (binascii.Error, ValueError):  # without their text, which may quote the secret
         raise SignatureError(expected) from None
     if len(key) not in _SECRET_BYTES:
         raise SignatureError(expected)
+    return key
 
 
 def _header(headers: Mapping[str, str], name: str) -> str:
@@ -137,17 +158,15 @@ def _header(headers: Mapping[str, str], name: str) -> str:
 
 
 def _digest(text: str) -> bytes:
-    """The text at a fixed length, so that a comparison does not tell how long a key is."""
+    """Return a digest of the text, so that a comparison does not tell how long a key is."""
     return hashlib.sha256(text.encode("utf-8", "backslashreplace")).digest()
 
 
-def _signature(body: bytes, secret: str, delivery_id: str, seconds: int) -> str:
-    """`v1,` and the base64 of the HMAC, by the library; its own `verify` knows one secret and one tolerance only."""
-    from standardwebhooks import Webhook  # noqa: PLC0415 - an extra's library: the provider alone runs without it
-
-    check_secret(secret)
+def _signature(body: bytes, secret: str, delivery_id: str, stamp: str) -> str:
+    """Return `v1,` and the base64 of the HMAC over id, timestamp as it was sent, and body."""
     try:
-        text = body.decode("utf-8")
+        body.decode("utf-8")
     except UnicodeDecodeError as error:
         raise SignatureError("the body is not UTF-8") from error
-    return Webhook(secret).sign(delivery_id, datetime.fromtimestamp(seconds, tz=UTC), text)
+    signed = f"{delivery_id}.{stamp}.".encode("ascii") + body
+    return "v1," + base64.b64encode(hmac.digest(_key_of(secret), signed, "sha256")).decode("ascii")

@@ -35,7 +35,7 @@ def session_of(server: Served) -> str:
     asked = line.getresponse()
     token = re.search(r'name="form_token" value="([^"]+)"', asked.read().decode())
     assert token
-    form = urlencode({"form_token": token.group(1), "key": KEYS["viewer"]})
+    form = urlencode({"csrf_token": token.group(1), "key": KEYS["viewer"]})
     cookie = (asked.headers["Set-Cookie"] or "").partition(";")[0]
     line.request("POST", "/login", form, {"Cookie": cookie, "Content-Type": "application/x-www-form-urlencoded"})
     entered = line.getresponse()

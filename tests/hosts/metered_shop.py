@@ -1,4 +1,4 @@
-"""A user's own Flask app with the extension and its metrics, beside a metric of its own: what gunicorn runs."""
+"""A user's Flask app with the extension, our metrics below a prefix, and a metric of its own: what gunicorn runs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["app"]
 ORDERS = Counter("shop_orders", "Orders routed.")
 
 app = Flask(__name__)
-ExternalOMS(app, metrics=True)
+ExternalOMS(app, mount="/oms")
 client = api.get_client()
 
 

@@ -12,7 +12,7 @@ from tests.support.web import KEYS
 
 __all__ = ["form_token", "login", "open_browser", "text_of"]
 
-_TOKEN = re.compile(r'name="form_token" value="([^"]+)"')
+_TOKEN = re.compile(r'name="csrf_token" value="([^"]+)"')
 _TAG = re.compile(r"<[^>]*>")
 
 
@@ -31,7 +31,7 @@ def text_of(answer: TestResponse) -> str:
 def login(browser: FlaskClient, role: str = "admin", *, key: str = "") -> TestResponse:
     """Log in with the key of a role, or another one."""
     token = form_token(browser.get("/login"))
-    return browser.post("/login", data={"form_token": token, "key": key or KEYS[role]})
+    return browser.post("/login", data={"csrf_token": token, "key": key or KEYS[role]})
 
 
 def open_browser(browser: FlaskClient, role: str = "admin") -> FlaskClient:

@@ -264,11 +264,25 @@ class Gunicorn(ServerProcess):
 
 @contextmanager
 def gunicorn(
-    application: str, *, environ: Mapping[str, str], log: Path, workers: int = 4, preload: bool = False
+    application: str,
+    *,
+    environ: Mapping[str, str],
+    log: Path,
+    workers: int = 4,
+    preload: bool = False,
+    worker_class: str = "gthread",
 ) -> Iterator[Gunicorn]:
     """A gunicorn that serves an application of the tests until the block ends."""
     command = [sys.executable, "-m", "gunicorn", application, "--workers", str(workers)]
-    command += ["--worker-class", "gthread", "--threads", "8", "--keep-alive", "120", "--log-level", "warning"]
+    command += [
+        "--worker-class",
+        worker_class,
+        *(["--threads", "8"] if worker_class == "gthread" else []),
+        "--keep-alive",
+        "120",
+        "--log-level",
+        "warning",
+    ]
     command += ["--graceful-timeout", "2", "--no-control-socket", *(["--preload"] if preload else [])]
     with serving(command, environ=environ, log=log) as running:
         server = Gunicorn(running.process, running.port, log, expected=workers)
@@ -326,7 +340,6 @@ def served(
     """
     own = {
         "API_KEYS": ",".join(ENTRIES),
-        "EVALUATIONS_PER_MINUTE": "100000000",
         **{name.upper(): value for name, value in settings.items()},
     }
     environ = environment(api, store=f"sqlite:///{place}/state.db")

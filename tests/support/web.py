@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import count
 from time import time
+from typing import TYPE_CHECKING
 
 from flask import Flask
 from flask.testing import FlaskClient
@@ -15,8 +16,11 @@ from werkzeug.test import TestResponse
 
 from external_oms import signature
 from external_oms.emulator import ConfigAPIEmulator
-from external_oms.web.access import Role, new_key
-from external_oms.web.parts import Parts
+from external_oms.web.keys import Role, new_key
+from external_oms.web.state import OMS
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
 
 __all__ = [
     "BEARER",
@@ -29,6 +33,7 @@ __all__ = [
     "TENANT",
     "Server",
     "StartServer",
+    "Threaded",
     "with_key",
 ]
 
@@ -83,13 +88,23 @@ def with_key(role: str) -> dict[str, str]:
 
 
 @dataclass(frozen=True)
+class Threaded:
+    """An application as a server with threads calls it; the test client says that there are none."""
+
+    app: WSGIApplication
+
+    def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        return self.app(environ | {"wsgi.multithread": True}, start_response)
+
+
+@dataclass(frozen=True)
 class Server:
     """One app, a client of it, and the config API behind it."""
 
     app: Flask
     client: FlaskClient
     api: ConfigAPIEmulator
-    parts: Parts
+    oms: OMS
 
     def deliver(
         self,
@@ -111,7 +126,7 @@ class Server:
         return self.client.get(path, headers=with_key(role))
 
     def generation(self, tenant: str = TENANT) -> int:
-        return self.parts.service.cache.state(tenant).generation
+        return self.oms.cache.state(tenant).generation
 
 
 StartServer = Callable[..., Server]

@@ -13,9 +13,9 @@ from external_oms.provider import ExternalOMSProvider
 from external_oms.settings import Settings
 from external_oms.stores.base import Store
 from external_oms.web import create_app
-from external_oms.web.parts import parts_of
+from external_oms.web.state import EXTENSION, OMS
 from tests.support.clock import FakeClock
-from tests.support.web import BEARER, ENTRIES, SECRET, TENANT, Server, StartServer
+from tests.support.web import BEARER, ENTRIES, SECRET, TENANT, Server, StartServer, Threaded
 
 
 @pytest.fixture
@@ -35,10 +35,11 @@ def start(api: ConfigAPIEmulator) -> Iterator[StartServer]:
         settings: Settings = api.settings(*tenants, **{**credentials, **quick, **more})
         provider = None if shared is None else ExternalOMSProvider(settings, store=shared)
         app = create_app(settings, provider=provider)
-        parts = parts_of(app)
-        assert parts is not None
-        providers.append(parts.provider)
-        return Server(app, app.test_client(), api, parts)
+        oms = app.extensions[EXTENSION]
+        assert isinstance(oms, OMS)
+        providers.append(oms.provider)
+        app.wsgi_app = Threaded(app.wsgi_app)  # type: ignore[method-assign]  # Flask's documented way
+        return Server(app, app.test_client(), api, oms)
 
     yield started
     for provider in providers:

@@ -9,7 +9,7 @@ import pytest
 from werkzeug.test import TestResponse
 
 from external_oms.emulator import ConfigAPIEmulator, Fault
-from external_oms.web.problems import PROBLEM_TYPE
+from external_oms.problems import PROBLEM_TYPE
 from tests.support.clock import FakeClock
 from tests.support.waiting import wait_until
 from tests.support.web import TENANT, Server, StartServer, with_key
@@ -39,7 +39,7 @@ def test_the_state_is_the_providers_own(server: Server) -> None:
     server.api.set_enabled(TENANT, True)
     assert refresh(server).status_code == 200
     shown = server.get(ONE).get_json()
-    state = server.parts.provider.state()
+    state = server.oms.provider.state()
     assert (shown["tenant"], shown["enabled"], shown["freshness"], shown["generation"]) == (TENANT, True, "fresh", 0)
     assert 0 <= shown["age_seconds"] <= (state.age_seconds or 0) + 0.001  # what is shown is rounded
     assert (shown["source"], shown["last_error"], shown["failures"]) == ("memory", None, 0)
@@ -298,9 +298,9 @@ def test_the_event_stream_tells_what_is_so_and_then_each_change(server: Server) 
     while not (told := next_state(stream))["state"]["enabled"]:
         assert told["state"]["generation"] in {0, 1}
     assert told["state"]["generation"] == 1
-    assert len(server.parts.hub) == 1
+    assert len(server.oms.broker) == 1
     answer.close()
-    assert len(server.parts.hub) == 0
+    assert len(server.oms.broker) == 0
 
 
 def test_as_many_streams_as_there_may_be_and_no_more(start: StartServer) -> None:

@@ -1,15 +1,15 @@
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from pathlib import Path
 
 import pytest
-from flask import Flask
-from flask_wtf.csrf import CSRFProtect
 
+from external_oms import web
 from external_oms.errors import SettingsError
-from external_oms.web import ExternalOMS, create_app
+from external_oms.web import create_app
 from tests.support.web import HOOK, SECRET, TENANT, Server, StartServer
+
+WEB = Path(web.__file__).parent
 
 
 def test_without_credentials_for_deliveries_the_server_does_not_start(start: StartServer) -> None:
@@ -30,55 +30,39 @@ def test_a_malformed_key_is_refused_at_start(start: StartServer, key: str) -> No
         start(webhook_api_keys=[key])
 
 
-INSECURE = {"insecure": True, "webhook_secrets": [], "webhook_api_keys": [], "api_keys": []}
-
-
-@pytest.mark.parametrize(
-    ("environ", "headers", "status"),
-    [
-        ({"REMOTE_ADDR": "127.0.0.1"}, {"Host": "localhost:8080"}, 200),
-        ({"REMOTE_ADDR": "127.8.8.8"}, {"Host": "127.0.0.1"}, 200),
-        ({"REMOTE_ADDR": "::1"}, {"Host": "[::1]:8080"}, 200),
-        ({"REMOTE_ADDR": "192.0.2.7"}, {"Host": "localhost"}, 403),
-        ({"REMOTE_ADDR": ""}, {"Host": "localhost"}, 403),
-        ({"REMOTE_ADDR": "127.0.0.1"}, {"Host": "evil.example"}, 403),
-        ({"REMOTE_ADDR": "127.0.0.1"}, {"Host": "127.0.0.1.evil.example"}, 403),
-        ({"REMOTE_ADDR": "127.0.0.1"}, {"Host": "[::1"}, 403),
-        ({"REMOTE_ADDR": "127.0.0.1"}, {"Host": "localhost", "X-Forwarded-For": "192.0.2.7"}, 403),
-        ({"REMOTE_ADDR": "127.0.0.1"}, {"Host": "localhost", "Forwarded": "for=192.0.2.7"}, 403),
-    ],
-)
-def test_insecure_answers_this_machine_only(
-    start: StartServer, environ: dict[str, str], headers: dict[str, str], status: int
-) -> None:
-    server = start(**INSECURE)
-    body: dict[str, Any] = {"json": {"tenant": TENANT}, "environ_overrides": environ, "headers": headers}
-    assert server.client.post(HOOK, **body).status_code == status
-    seen = server.client.get("/api/v1/tenants", environ_overrides=environ, headers=headers)
-    assert seen.status_code == status
-
-
 def test_insecure_opens_nothing_that_has_credentials(start: StartServer) -> None:
     server = start(insecure=True)
     assert server.client.post(HOOK, json={}, headers={"Host": "localhost"}).status_code == 401
     assert server.client.get("/api/v1/tenants", headers={"Host": "localhost"}).status_code == 401
 
 
-@pytest.mark.parametrize("csrf_first", [True, False])
-def test_an_apps_own_csrf_protection_lets_deliveries_through(server: Server, csrf_first: bool) -> None:
+def test_a_provider_that_was_made_from_other_settings_is_refused(server: Server) -> None:
+    with pytest.raises(SettingsError, match=r"^provider: was made from other settings"):
+        create_app(server.oms.settings.replaced(ttl_seconds=77), provider=server.oms.provider)
 
-    app = Flask("of-the-user")
-    app.config |= {"SECRET_KEY": "x", "WTF_CSRF_ENABLED": True}
-    app.add_url_rule("/form", "form", lambda: "taken", methods=["POST"])
-    steps: list[Callable[[], object]] = [
-        lambda: CSRFProtect(app),
-        lambda: ExternalOMS(app, provider=server.parts.provider, domain="csrf"),
-    ]
-    for step in steps if csrf_first else steps[::-1]:
-        step()
-    theirs = Server(app, app.test_client(), server.api, server.parts)
-    assert theirs.deliver().status_code == 200
-    assert app.test_client().post("/form").status_code == 400
+
+def test_without_the_dashboard_there_are_no_pages(start: StartServer) -> None:
+    server = start(dashboard=False)
+    for path in ("/", "/login", f"/tenants/{TENANT}"):
+        assert server.client.get(path, headers={"Accept": "text/html"}).status_code == 404
+
+
+def test_pages_have_every_security_header_and_the_rest_those_that_it_needs(server: Server) -> None:
+    page, data = server.client.get("/login"), server.get("/api/v1/tenants")
+    lost = server.client.get("/", environ_overrides={"PATH_INFO": "//tenants//x"})
+    assert (lost.status_code, lost.headers["X-Content-Type-Options"]) == (404, "nosniff"), "no redirect by the Host"
+    assert "default-src 'none'" in page.headers["Content-Security-Policy"]
+    assert (page.headers["X-Frame-Options"], page.headers["Cache-Control"]) == ("DENY", "no-store")
+    assert (data.headers["X-Content-Type-Options"], data.headers["Cache-Control"]) == ("nosniff", "no-store")
+
+
+def test_every_view_is_found_by_its_path_in_the_source(server: Server) -> None:
+    source = "".join(path.read_text(encoding="utf-8") for path in WEB.glob("*.py"))
+    for rule in server.app.url_map.iter_rules():
+        if not rule.endpoint.endswith("static"):
+            assert f'("{rule.rule}")' in source, rule.rule
+            view = server.app.view_functions[rule.endpoint]
+            assert view.__name__ == rule.endpoint.rpartition(".")[2]
 
 
 def test_create_app_without_settings_reads_the_environment(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,10 +70,10 @@ def test_create_app_without_settings_reads_the_environment(server: Server, monke
     monkeypatch.setenv("EXTERNAL_OMS_ACCESS_TOKEN", server.api.access_token(TENANT))
     monkeypatch.setenv("EXTERNAL_OMS_BASE_URL", server.api.base_url)
     monkeypatch.setenv("EXTERNAL_OMS_WEBHOOK_SECRETS", SECRET)
-    monkeypatch.setenv("EXTERNAL_OMS_API_KEYS", ",".join(server.parts.settings.api_keys))
+    monkeypatch.setenv("EXTERNAL_OMS_API_KEYS", ",".join(server.oms.settings.api_keys))
     app = create_app()
     theirs = Server(app, app.test_client(), server.api, app.extensions["external_oms"])
     try:
         assert theirs.deliver().status_code == 200
     finally:
-        theirs.parts.provider.shutdown()
+        theirs.oms.provider.shutdown()

@@ -3,14 +3,16 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import time
 from collections.abc import Iterator
 from time import monotonic
 
 import pytest
+from limits.errors import StorageError
 
+from external_oms.problems import Problem
 from external_oms.settings import Settings
 from external_oms.web.limits import REDIS_SECONDS, Limits
-from external_oms.web.problems import Problem
 from tests.support.ports import free_port
 from tests.support.redis import RedisServer
 
@@ -26,7 +28,7 @@ def allowed(limits: Limits, number: int, *, who: str = "ann", per_minute: int = 
 
 def refusal(limits: Limits, who: str, per_minute: int) -> Problem | None:
     try:
-        limits.take("switch", who, per_minute=per_minute)
+        limits.hit("switch", who, per_minute=per_minute)
     except Problem as refused:
         return refused
     return None
@@ -38,28 +40,60 @@ def test_a_refusal_tells_how_long_to_wait_in_whole_seconds() -> None:
     refused = refusal(limits, "ann", 1)
     assert refused is not None
     assert (refused.status, refused.kind) == (429, "too_many_requests")
-    assert 1 <= int(refused.answer.headers["Retry-After"]) <= 60
+    assert 1 <= int(refused.headers["Retry-After"]) <= 60
 
 
 def test_what_exceeds_the_number_is_refused_for_who_exceeds_it_alone() -> None:
     limits = Limits(settings())
     assert allowed(limits, 5) == 3
     assert allowed(limits, 2, who="bob") == 2
-    limits.take("refresh", "ann", per_minute=3)
+    limits.hit("refresh", "ann", per_minute=3)
 
 
-def test_what_one_process_counts_begins_anew_with_each_minute_and_knows_names_apart() -> None:
-    wall = 1_780_000_020.0 + 32.5  # so long into a minute
-    limits = Limits(settings(), wall=lambda: wall)
-    for _ in range(3):
-        limits.take_here("evaluate", "ann", per_minute=3)
-    with pytest.raises(Problem) as refused:
-        limits.take_here("evaluate", "ann", per_minute=3)
-    assert (refused.value.status, refused.value.answer.headers["Retry-After"]) == (429, "28")
-    limits.take_here("evaluate", "bob", per_minute=3)
-    limits.take_here("other", "ann", per_minute=3)
-    wall += 28
-    limits.take_here("evaluate", "ann", per_minute=3)
+def test_a_check_counts_nothing() -> None:
+    limits = Limits(settings())
+    for _ in range(5):
+        limits.check("switch", "ann", per_minute=1)
+    limits.hit("switch", "ann", per_minute=1)
+    with pytest.raises(Problem):
+        limits.check("switch", "ann", per_minute=1)
+
+
+def test_an_ended_session_is_known_in_this_process(caplog: pytest.LogCaptureFixture) -> None:
+    limits = Limits(settings())
+    assert not limits.is_revoked("one")
+    limits.revoke("one")
+    assert limits.is_revoked("one")
+    assert not limits.is_revoked("two")
+
+
+def test_an_ended_session_is_known_to_the_fleet_over_redis(redis_server: RedisServer) -> None:
+    here, there = (Limits(settings(redis_server.url)) for _ in range(2))
+    here.revoke("one")
+    assert there.is_revoked("one")
+
+
+def test_redis_that_counts_again_is_told_at_the_level_of_its_failure(
+    redis_server: RedisServer, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [time.time()]
+    limits = Limits(settings(redis_server.url), wall=lambda: now[0])
+    shared = limits._ready()[0]
+    assert shared is not None
+    with monkeypatch.context() as broken:
+        broken.setattr(shared, "incr", failing)
+        limits.hit("switch", "ann", per_minute=3)
+        limits.hit("switch", "ann", per_minute=3)
+    now[0] += 11
+    limits.hit("switch", "ann", per_minute=3)
+    assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
+        ("WARNING", "rate limits are counted per process: the counter in Redis does not answer"),
+        ("WARNING", "rate limits are counted in Redis again"),
+    ]
+
+
+def failing(*_: object, **__: object) -> int:
+    raise StorageError(OSError("no Redis"))
 
 
 def test_each_app_counts_for_itself() -> None:
@@ -103,12 +137,13 @@ def test_redis_is_asked_again_after_a_rest(deaf: int, caplog: pytest.LogCaptureF
     caplog.set_level(logging.WARNING, logger="external_oms")
     now = [1_000_000.0]
     limits = Limits(settings(f"redis://127.0.0.1:{deaf}/0"), wall=lambda: now[0])
-    limits.take("switch", "ann", per_minute=100)
-    limits.take("switch", "ann", per_minute=100)
+    limits.hit("switch", "ann", per_minute=100)
+    limits.hit("switch", "ann", per_minute=100)
     assert len(caplog.records) == 1
     now[0] += 11
-    limits.take("switch", "ann", per_minute=100)
-    assert len(caplog.records) == 2
+    limits.hit("switch", "ann", per_minute=100)
+    assert limits._failed_at == now[0]
+    assert len(caplog.records) == 1, "one line for one failure, however long it lasts"
 
 
 @pytest.mark.parametrize("store", ["rediss+cluster://127.0.0.1:1", "unix:///nowhere/redis.sock"])

@@ -27,9 +27,8 @@ from external_oms.settings import Settings
 from external_oms.stores.base import Health
 from external_oms.stores.memory import MemoryStore
 from external_oms.web import ExternalOMS, create_app, metrics
-from external_oms.web.hooks import Evaluated, Via
-from external_oms.web.metrics import Meters
-from external_oms.wiring import build_service
+from external_oms.web.metrics import Metrics
+from external_oms.web.state import OMS, Evaluation
 from tests.support.clock import FakeClock
 from tests.support.scrapes import Scrape
 from tests.support.waiting import wait_until
@@ -76,7 +75,7 @@ def test_a_value_is_told_with_its_age_its_freshness_and_its_generation(server: S
     assert seen.value("consecutive_failures", tenant=TENANT) == 0
     assert seen.value("backoff_seconds", tenant=TENANT) == 0
     changed = seen.value("upstream_change_timestamp_seconds", tenant=TENANT)
-    state = server.parts.service.cache.state(TENANT)
+    state = server.oms.cache.state(TENANT)
     assert state.updated_at is not None
     assert changed == state.updated_at.timestamp()
     assert seen.values("store_up") == {("memory",): 1}
@@ -111,7 +110,7 @@ def test_a_value_that_was_never_read_is_absent_and_not_off(start: StartServer, a
 
 
 def test_a_store_out_of_order_shows(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server.parts.service.store, "health", lambda: Health(ok=False, problem="the disk is full"))
+    monkeypatch.setattr(server.oms.store, "health", lambda: Health(ok=False, problem="the disk is full"))
     assert scrape(server).values("store_up") == {("memory",): 0}
 
 
@@ -191,9 +190,10 @@ def test_a_read_that_waits_for_anothers_shows_once(api: ConfigAPIEmulator) -> No
             return False
 
     store = Shared()
-    service = build_service(api.settings(refresh="lazy"), store=store)
-    meters = Meters(service)
-    meters.listen()
+    provider = ExternalOMSProvider(api.settings(refresh="lazy", insecure=True), store=store)
+    service = provider.service
+    meters = Metrics(OMS(provider))
+    meters.subscribe()
     # by another process, which never ends it
     store.transact(TENANT, partial(begin_read, holder="another", lease_seconds=0.3, newer_than=0))
     try:
@@ -234,7 +234,7 @@ def snapshot(clock: FakeClock, generation: int) -> Snapshot:
     )
 
 
-def applied(meters: Meters) -> tuple[float, float]:
+def applied(meters: Metrics) -> tuple[float, float]:
     """How many lags were counted, and their sum in seconds."""
     (metric,) = [metric for metric in meters.collect() if metric.name == "external_oms_invalidation_applied_seconds"]
     found = {sample.name.rpartition("_")[2]: sample.value for sample in metric.samples}
@@ -242,8 +242,10 @@ def applied(meters: Meters) -> tuple[float, float]:
 
 
 def test_a_lag_counts_once_for_each_generation_from_its_last_invalidation(clock: FakeClock) -> None:
-    settings = Settings(tenant=TENANT, access_token="t", refresh="lazy")
-    meters = Meters(build_service(settings, clock=clock))
+    settings = Settings(tenant=TENANT, access_token="t", refresh="lazy", insecure=True)
+    oms = OMS(ExternalOMSProvider(settings))
+    oms.clock = clock
+    meters = Metrics(oms)
 
     def tell(entry: Entry) -> None:
         windows = Windows(30.0, 30.0, 3600.0)
@@ -290,25 +292,24 @@ PROMETHEUS = (
 @pytest.mark.parametrize(
     ("accept", "kind"),
     [
-        (None, PLAIN),
-        ("*/*", PLAIN),
-        ("text/plain", PLAIN),
-        ("text/html", PLAIN),
-        (PROMETHEUS, OPENMETRICS),
-        ("application/openmetrics-text", OPENMETRICS),
-        ("Application/OpenMetrics-Text; version=nonsense", OPENMETRICS),
-        ("application/openmetrics-text; version=0.0.1", OPENMETRICS),
-        ("text/plain;q=0.9, application/openmetrics-text;q=0.1", PLAIN),
-        ("application/openmetrics-text;q=0", PLAIN),
-        ("application/openmetrics-text;q=x, ;;;,,=", PLAIN),
-        ("text/plain; version=v", PLAIN),
+        (None, "text/plain"),
+        ("*/*", "text/plain"),
+        ("text/plain", "text/plain"),
+        ("text/html", "text/plain"),
+        (PROMETHEUS, "application/openmetrics-text"),
+        ("application/openmetrics-text", "application/openmetrics-text"),
+        ("application/openmetrics-text; version=0.0.1", "text/plain"),
+        ("Application/OpenMetrics-Text; version=nonsense", "text/plain"),
+        ("application/openmetrics-text; version=nonsense", "text/plain"),
+        ("application/openmetrics-text;q=x, ;;;,,=", "application/openmetrics-text"),
+        ("text/plain; version=v", "text/plain"),
     ],
 )
-def test_the_format_is_the_one_that_the_asker_would_rather_have(server: Server, accept: str | None, kind: str) -> None:
+def test_the_format_is_the_one_that_the_scraper_accepts(server: Server, accept: str | None, kind: str) -> None:
     headers = with_key("viewer") | ({"Accept": accept} if accept is not None else {})
     answer = server.client.get("/metrics", headers=headers)
-    assert (answer.status_code, answer.headers["Content-Type"]) == (200, kind)
-    assert (answer.text.endswith("# EOF\n")) is (kind == OPENMETRICS)
+    assert (answer.status_code, answer.mimetype) == (200, kind)
+    assert answer.text.endswith("# EOF\n") is (kind != "text/plain")
     assert Scrape.of(answer.text).value("generation", tenant=TENANT) == 0
 
 
@@ -347,7 +348,7 @@ def test_no_secret_and_nothing_that_a_caller_chose_stands_in_a_scrape(start: Sta
     }
     server.client.post(FLAG, **asked)
     server.client.post(f"{FLAG}-of-the-asker", **asked)
-    secret = server.parts.settings.client_secret
+    secret = server.oms.settings.client_secret
     assert secret is not None
     text = scrape(server).text
     hidden = [SECRET, SECRET.removeprefix("whsec_"), BEARER, secret.get_secret_value(), *KEYS.values(), *ENTRIES]
@@ -369,7 +370,9 @@ def test_the_registry_of_the_application_is_left_alone_and_its_metrics_are_not_o
 
 def test_the_meters_can_stand_in_a_registry_of_the_application_where_it_asks_for_that() -> None:
     registry = CollectorRegistry()
-    registry.register(Meters(build_service(Settings(tenant=TENANT, access_token="t", refresh="lazy"))))
+    registry.register(
+        Metrics(OMS(ExternalOMSProvider(Settings(tenant=TENANT, access_token="t", refresh="lazy", insecure=True))))
+    )
     assert Scrape.of(generate_latest(registry).decode()).value("generation", tenant=TENANT) == 0
 
 
@@ -383,11 +386,10 @@ def _openfeature_as_before() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_openfeature_as_before")
-def test_the_extension_counts_evaluations_where_metrics_are_mounted(api: ConfigAPIEmulator) -> None:
+def test_the_extension_counts_evaluations_where_metrics_are_served(api: ConfigAPIEmulator) -> None:
     app = Flask("of-the-user")
     settings = api.settings(TENANT, "globex", webhook_secrets=[SECRET], metrics_open=True, api_keys=ENTRIES)
-    parts = ExternalOMS(app, settings, metrics=True, wait=True)
-    assert parts is not None
+    ExternalOMS(app, settings, mount="/oms")
     client = openfeature.get_client()
     for _ in range(3):
         client.get_boolean_value(
@@ -399,7 +401,7 @@ def test_the_extension_counts_evaluations_where_metrics_are_mounted(api: ConfigA
     )
     client.get_string_value(FLAG_KEY, "", EvaluationContext(None, {"tenant": "globex"}))
     client.get_boolean_value("another_flag", default_value=False)
-    seen = Scrape.of(app.test_client().get("/metrics").text)
+    seen = Scrape.of(app.test_client().get("/oms/metrics").text)
     assert seen.value("evaluations_total", tenant=TENANT, via="sdk", reason="CACHED") == 3
     assert seen.values("evaluations_total", tenant="") == {("ERROR", "sdk"): 2}
     assert seen.value("evaluations_total", tenant="globex", via="sdk", reason="ERROR") == 1
@@ -419,10 +421,10 @@ def test_two_apps_over_one_provider_count_the_same(api: ConfigAPIEmulator) -> No
     settings = api.settings(webhook_secrets=[SECRET], metrics_open=True, api_keys=ENTRIES)
     apps = [Flask("one"), Flask("other")]
     for app in apps:
-        ExternalOMS(app, settings, metrics=True, wait=True)
+        ExternalOMS(app, settings, mount="/oms")
     openfeature.get_client().get_boolean_value(FLAG_KEY, default_value=False)
     for app in apps:
-        seen = Scrape.of(app.test_client().get("/metrics").text)
+        seen = Scrape.of(app.test_client().get("/oms/metrics").text)
         assert seen.value("evaluations_total", via="sdk") == 1
 
 
@@ -431,9 +433,9 @@ def test_two_apps_over_one_provider_count_the_same(api: ConfigAPIEmulator) -> No
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")  # forking under threads is the subject
 def test_a_child_forked_while_others_count_and_scrape_counts_and_scrapes() -> None:
-    provider = ExternalOMSProvider(Settings(tenant=TENANT, access_token="t", refresh="lazy"))
-    meters = Meters(provider.service)
-    one, stop = Evaluated(TENANT, "CACHED", Via.SDK), threading.Event()
+    provider = ExternalOMSProvider(Settings(tenant=TENANT, access_token="t", refresh="lazy", insecure=True))
+    meters = Metrics(OMS(provider))
+    one, stop = Evaluation(TENANT, "CACHED", "sdk"), threading.Event()
 
     def busy(work: Callable[[], object], pause_seconds: float) -> None:
         while not stop.wait(pause_seconds):  # without a pause between scrapes a fork would hardly get its turn
@@ -473,15 +475,16 @@ def test_a_child_does_not_tell_its_parents_last_lag(server: Server) -> None:
 # -- counting together ----------------------------------------------------------------------------------------------
 
 
-def test_several_workers_that_do_not_count_together_are_told_of(
-    start: StartServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+def test_several_processes_that_do_not_count_together_are_warned_of(
+    server: Server, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setenv("SERVER_SOFTWARE", "gunicorn/25")
-    monkeypatch.setattr("sys.argv", ["gunicorn", "--workers", "3", "app"])
-    start(store=f"sqlite:///{tmp_path}/state.db")
-    (told,) = [line.message for line in caplog.records if "/metrics" in line.message]
-    assert "3 workers" in told
-    assert "PROMETHEUS_MULTIPROC_DIR" in told
+    for _ in range(2):
+        answer = server.client.get(
+            "/metrics", headers=with_key("viewer"), environ_overrides={"wsgi.multiprocess": True}
+        )
+        assert answer.status_code == 200
+    (line,) = [record.getMessage() for record in caplog.records if "/metrics" in record.getMessage()]
+    assert "PROMETHEUS_MULTIPROC_DIR" in line
 
 
 @pytest.fixture
@@ -489,9 +492,9 @@ def _counting_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
     """As in a server that set it up before prometheus-client was imported."""
     monkeypatch.setenv(metrics.DIRECTORY_VARIABLE, str(tmp_path))
     monkeypatch.setattr(values, "ValueClass", values.MultiProcessValue())  # type: ignore[no-untyped-call]  # the library has no types here
-    metrics._shared.cache_clear()
+    metrics._shared_counts.cache_clear()
     yield
-    metrics._shared.cache_clear()
+    metrics._shared_counts.cache_clear()
 
 
 @pytest.mark.usefixtures("_counting_together")
@@ -512,7 +515,7 @@ def test_a_scrape_of_shared_counts_says_what_one_of_our_own_says(start: StartSer
 def test_two_apps_over_one_provider_count_once_in_shared_counts(start: StartServer) -> None:
     server = start()
     read_once(server)
-    create_app(server.parts.settings, provider=server.parts.provider)
+    create_app(server.oms.settings, provider=server.oms.provider)
     server.deliver()
     assert scrape(server).value("deliveries_total", tenant=TENANT, result="read") == 1
 
@@ -524,34 +527,6 @@ def test_a_directory_that_cannot_be_used_is_refused_by_its_name(
     monkeypatch.setenv(metrics.DIRECTORY_VARIABLE, "/nowhere/at/all")
     with pytest.raises(SettingsError, match="PROMETHEUS_MULTIPROC_DIR"):
         create_app(api.settings(webhook_secrets=[SECRET], api_keys=ENTRIES))
-
-
-def test_counts_are_not_shared_where_the_variable_came_too_late(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    assert not metrics.are_shared()
-    monkeypatch.setenv(metrics.DIRECTORY_VARIABLE, str(tmp_path))
-    assert not metrics.are_shared()
-
-
-def test_the_directory_of_shared_counts_is_fresh_and_goes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv(metrics.DIRECTORY_VARIABLE, "/of/a/master/before")
-    monkeypatch.setattr(values, "ValueClass", values.ValueClass)
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    with metrics.shared_counts():
-        (made,) = tmp_path.iterdir()
-        assert os.environ[metrics.DIRECTORY_VARIABLE] == str(made)
-        assert made.stat().st_mode & 0o777 == 0o700
-        child = os.fork()
-        if child == 0:
-            try:
-                with metrics.shared_counts():
-                    pass
-            finally:
-                os._exit(0)
-        os.waitpid(child, 0)
-        assert made.is_dir()
-    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.usefixtures("_counting_together")

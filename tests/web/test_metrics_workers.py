@@ -14,7 +14,7 @@ from external_oms.web.serving import MEMBER_HEADER
 from tests.support.scrapes import Scrape
 from tests.support.servers import FLAG_PATH, SERVE, Gunicorn, Served, environment, gunicorn, served
 from tests.support.waiting import wait_until
-from tests.support.web import TENANT, with_key
+from tests.support.web import ENTRIES, TENANT, with_key
 
 NAMED = (*SERVE, "--name-members")
 
@@ -84,7 +84,7 @@ def test_served_counts_are_sums_over_workers_living_and_dead(tmp_path: Path, mon
 
 
 def shop_scrape(connection: http.client.HTTPConnection) -> Scrape:
-    return Scrape.of(asked(connection, "GET", "/metrics")[1])
+    return Scrape.of(asked(connection, "GET", "/oms/metrics")[1])
 
 
 def totals(shop: Gunicorn) -> list[float]:
@@ -98,6 +98,7 @@ def test_the_workers_of_an_application_count_together_where_it_has_them_do_so(pr
     with ConfigAPIEmulator([TENANT]) as api:
         variables = environment(api, store=f"sqlite:///{tmp_path}/state.db") | {
             "EXTERNAL_OMS_METRICS_OPEN": "true",
+            "EXTERNAL_OMS_API_KEYS": ",".join(ENTRIES),
             "PROMETHEUS_MULTIPROC_DIR": str(counts),
         }
         log = tmp_path / "log"
@@ -117,7 +118,10 @@ def test_the_workers_of_an_application_count_together_where_it_has_them_do_so(pr
 @pytest.mark.timeout(150)
 def test_an_application_whose_workers_count_alone_is_told_so(tmp_path: Path) -> None:
     with ConfigAPIEmulator([TENANT]) as api:
-        variables = environment(api, store=f"sqlite:///{tmp_path}/state.db") | {"EXTERNAL_OMS_METRICS_OPEN": "true"}
+        variables = environment(api, store=f"sqlite:///{tmp_path}/state.db") | {
+            "EXTERNAL_OMS_METRICS_OPEN": "true",
+            "EXTERNAL_OMS_API_KEYS": ",".join(ENTRIES),
+        }
         log = tmp_path / "log"
         with gunicorn("tests.hosts.metered_shop:app", environ=variables, log=log, workers=2) as shop:
             shop.evaluate(6)

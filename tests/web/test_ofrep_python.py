@@ -15,7 +15,6 @@ from openfeature.flag_evaluation import Reason
 from external_oms import FLAG_KEY
 from external_oms.emulator import ConfigAPIEmulator, Fault
 from tests.support.servers import Served, served
-from tests.support.waiting import wait_until
 from tests.support.web import KEYS, TENANT
 
 DOMAIN = "test_ofrep_python"
@@ -90,19 +89,3 @@ def test_while_the_config_api_is_down_it_goes_on_with_the_last_value(client: Ope
         server.api.clear(TENANT)
     server.flip(False)
     assert client.get_boolean_value(FLAG_KEY, True) is False
-
-
-def test_a_limit_makes_it_wait_and_its_evaluations_give_the_default(tmp_path_factory: pytest.TempPathFactory) -> None:
-    place = tmp_path_factory.mktemp("served")
-    with (
-        ConfigAPIEmulator([TENANT], enabled=True) as api,
-        served(api, place, workers=1, evaluations_per_minute="3") as limited,
-    ):
-        client = client_with(limited, KEYS["operator"])
-
-        def paused() -> bool:
-            details = client.get_boolean_details(FLAG_KEY, False)
-            told = "paused due to TooManyRequests" in str(details.error_message)
-            return told and (details.value, details.error_code) == (False, ErrorCode.GENERAL)
-
-        wait_until(paused)

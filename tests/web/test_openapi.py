@@ -21,8 +21,8 @@ from schemathesis.specs.openapi.checks import (
 
 from external_oms.emulator import ConfigAPIEmulator
 from external_oms.errors import StoreError
-from external_oms.web import create_app, openapi
-from external_oms.web.parts import parts_of
+from external_oms.web import api, create_app
+from external_oms.web.state import EXTENSION
 from tests.support.waiting import wait_until
 from tests.support.web import BEARER, ENTRIES, HOOK, SECRET, TENANT, Server, StartServer, with_key
 
@@ -42,12 +42,10 @@ SENDERS = ("nobody", "stranger", "viewer", "operator", "admin", "deliverer")
 @pytest.fixture(scope="module")
 def described() -> Iterator[schemathesis.BaseSchema]:
     """The document of a running server as schemathesis reads it, with names of tenants that are there."""
-    with ConfigAPIEmulator([TENANT, "globex"]) as api:
-        many = {f"{what}_per_minute": 1_000_000 for what in ("writes", "webhook", "evaluations")}
+    with ConfigAPIEmulator([TENANT, "globex"]) as emulator:
+        many = {f"{what}_per_minute": 1_000_000 for what in ("writes", "webhook")}
         credentials = {"webhook_secrets": [SECRET], "webhook_api_keys": [BEARER], "api_keys": ENTRIES}
-        app = create_app(api.settings(TENANT, "globex", **many, **credentials))
-        parts = parts_of(app)
-        assert parts is not None
+        app = create_app(emulator.settings(TENANT, "globex", **many, **credentials))
         wait_until(lambda: app.test_client().get("/readyz").status_code == 200)
         document = app.test_client().get("/openapi.json").get_json()
         document["components"]["parameters"]["tenant"]["schema"] = {"enum": [TENANT, "globex", "nobody"]}
@@ -55,12 +53,12 @@ def described() -> Iterator[schemathesis.BaseSchema]:
         schema = schemathesis.openapi.from_dict(document)
         schema.app = app
         yield schema
-        parts.provider.shutdown()
+        app.extensions[EXTENSION].provider.shutdown()
 
 
 OPERATIONS = [
     (method.upper(), path)
-    for path, item in openapi.document()["paths"].items()
+    for path, item in api.documented()["paths"].items()
     for method in item
     if method != "parameters" and not path.endswith("/events")  # a stream does not end; other tests read it
 ]
@@ -85,7 +83,7 @@ def test_every_answer_to_anything_is_a_documented_one(
 
 
 def test_every_route_is_documented_and_every_documented_path_is_a_route(server: Server) -> None:
-    routes = openapi.mounted_paths(server.app, "")
+    routes = api.routed_paths(server.app)
     pages = {
         "/",
         "/login",
@@ -93,12 +91,12 @@ def test_every_route_is_documented_and_every_documented_path_is_a_route(server: 
         "/static/external-oms/{filename}",
         *(f"/tenants/{{tenant}}{end}" for end in ("", "/switch", "/read")),
     }
-    assert routes - {"/ofrep/{rest}"} - pages == set(openapi.document()["paths"])
+    assert routes - pages == set(api.documented()["paths"])
     assert pages <= routes
 
 
 def test_every_method_of_a_route_is_documented_and_no_other(server: Server) -> None:
-    for path, item in openapi.document()["paths"].items():
+    for path, item in api.documented()["paths"].items():
         allowed = server.client.options(path.format(tenant=TENANT, key="external_oms_enabled")).headers["Allow"]
         assert set(allowed.split(", ")) - {"HEAD", "OPTIONS"} == {m.upper() for m in item if m != "parameters"}
 
@@ -114,7 +112,7 @@ def references(part: Any) -> Iterator[str]:  # noqa: ANN401 - any JSON
 
 
 def test_every_reference_leads_somewhere_and_every_component_is_used() -> None:
-    document = openapi.document()
+    document = api.documented()
     used = set(references(document))
     there = {
         f"#/components/{kind}/{name}"
@@ -128,7 +126,7 @@ def test_every_reference_leads_somewhere_and_every_component_is_used() -> None:
 def test_every_operation_says_who_may_and_has_a_name_of_its_own() -> None:
     operations = [
         operation
-        for item in openapi.document()["paths"].values()
+        for item in api.documented()["paths"].values()
         for method, operation in item.items()
         if method != "parameters"
     ]
@@ -142,7 +140,7 @@ def test_every_operation_says_who_may_and_has_a_name_of_its_own() -> None:
 def test_the_document_is_valid_openapi() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        schemathesis.openapi.from_dict(openapi.document()).validate()
+        schemathesis.openapi.from_dict(api.documented()).validate()
 
 
 def test_a_store_that_cannot_be_used_is_an_answer_as_documented(
@@ -151,11 +149,11 @@ def test_a_store_that_cannot_be_used_is_an_answer_as_documented(
     def broken(*_: object, **__: object) -> None:
         raise StoreError("the store cannot be used; see /readyz")
 
-    monkeypatch.setattr(server.parts.service.cache, "invalidate", broken)
+    monkeypatch.setattr(server.oms.cache, "invalidate", broken)
     answer = server.deliver()
     assert (answer.status_code, answer.get_json()["kind"]) == (503, "store")
     assert int(answer.headers["Retry-After"]) >= 1
-    assert "503" in openapi.document()["paths"][HOOK]["post"]["responses"]
+    assert "503" in api.documented()["paths"][HOOK]["post"]["responses"]
 
 
 def test_a_server_under_a_prefix_describes_itself_there(start: StartServer) -> None:

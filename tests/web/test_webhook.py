@@ -13,7 +13,7 @@ from werkzeug.test import EnvironBuilder, TestResponse, run_wsgi_app
 from external_oms import signature
 from external_oms.emulator import ConfigAPIEmulator, Fault
 from external_oms.errors import StoreBusy, StoreError
-from external_oms.web.problems import PROBLEM_TYPE
+from external_oms.problems import PROBLEM_TYPE
 from tests.support.redis import RedisServer
 from tests.support.stores import FaultyStore
 from tests.support.waiting import wait_until
@@ -43,12 +43,12 @@ def history(server: Server) -> list[dict[str, Any]]:
 
 
 def test_a_signed_delivery_is_answered_with_the_value_read_after_it(server: Server) -> None:
-    assert server.parts.provider.enabled() is False
+    assert server.oms.provider.enabled() is False
     server.api.set_enabled(TENANT, True)
     answer = server.deliver()
     assert answer.status_code == 200
     assert answer.json == {"tenant": TENANT, "generation": 1, "duplicate": False, "refreshed": True, "enabled": True}
-    assert server.parts.provider.enabled() is True
+    assert server.oms.provider.enabled() is True
 
 
 def test_a_delivery_with_a_key_does_the_same(server: Server) -> None:
@@ -79,7 +79,7 @@ def test_with_one_tenant_its_name_may_be_left_out(server: Server, body: object) 
 
 def test_a_repeated_id_is_a_duplicate_and_changes_nothing_at_all(server: Server) -> None:
     first = server.deliver(delivery_id="msg_same")
-    versions, index = server.parts.service.store.version_ref(TENANT)
+    versions, index = server.oms.store.version_ref(TENANT)
     before = (server.api.reads(TENANT), history(server), versions[index])
     again = server.deliver(delivery_id="msg_same")
     assert (first.status_code, again.status_code) == (200, 200)
@@ -88,14 +88,14 @@ def test_a_repeated_id_is_a_duplicate_and_changes_nothing_at_all(server: Server)
 
 
 def test_a_delivery_leaves_a_row_with_its_generation_and_the_read_after_it_rows_of_its_own(server: Server) -> None:
-    assert server.parts.provider.enabled() is False
+    assert server.oms.provider.enabled() is False
     server.api.set_enabled(TENANT, True)
     server.deliver(delivery_id="msg_flip")
     changed, delivery, first = history(server)
     assert (first["cause"], first["detail"]) == ("changed", "first value")
     assert {name: delivery[name] for name in ("cause", "actor", "delivery_id", "enabled", "latency_seconds")} == {
         "cause": "delivery",
-        "actor": "webhook",
+        "actor": "webhook secret 1",
         "delivery_id": "msg_flip",
         "enabled": None,
         "latency_seconds": None,
@@ -127,7 +127,7 @@ def test_a_delivery_whose_read_fails_is_accepted_and_says_so(start: StartServer,
 
 def test_a_delivery_after_the_provider_was_shut_down_still_invalidates(start: StartServer) -> None:
     server = start(timeout_seconds=0.2)
-    server.parts.provider.shutdown()
+    server.oms.provider.shutdown()
     assert server.deliver().status_code == 202
     assert server.generation() == 1
 
@@ -142,7 +142,7 @@ def test_a_delivery_that_the_shared_store_cannot_take_is_never_called_taken(
     """No other process would hear of it; the sender repeats it, and then it counts as the first."""
     store = FaultyStore()
     server = start(shared=store)
-    assert server.parts.provider.enabled() is False
+    assert server.oms.provider.enabled() is False
     server.api.set_enabled(TENANT, True)
     store.fault = fault
     refused = server.deliver(delivery_id="msg_down")
@@ -166,7 +166,7 @@ def test_a_delivery_while_redis_does_not_answer_is_refused_and_taken_when_it_doe
     start: StartServer, redis_server: RedisServer
 ) -> None:
     server = start(store=redis_server.url, store_bound_seconds=1.0)
-    assert server.parts.provider.enabled() is False
+    assert server.oms.provider.enabled() is False
     server.api.set_enabled(TENANT, True)
     redis_server.freeze()
     try:
@@ -188,7 +188,7 @@ def test_a_delivery_while_redis_does_not_answer_is_refused_and_taken_when_it_doe
 def test_a_process_whose_store_fails_serves_no_value_from_before_the_delivery_as_fresh(start: StartServer) -> None:
     store = FaultyStore()
     server = start(shared=store, refresh="lazy")
-    assert server.parts.provider.enabled() is False
+    assert server.oms.provider.enabled() is False
     server.api.fault(TENANT, Fault(status=500, times=None))
     store.fault = StoreError("connection refused")
     assert server.deliver().status_code == 503
@@ -215,7 +215,7 @@ def test_a_store_that_fails_is_answered_for_or_is_a_503_with_retry_after(
 ) -> None:
     store = FaultyStore()
     server = start(shared=store, timeout_seconds=0.2)
-    wait_until(lambda: server.parts.service.cache.state(TENANT).enabled is not None)
+    wait_until(lambda: server.oms.cache.state(TENANT).enabled is not None)
     store.fault = fault
     answer = server.client.open(path, method=method, headers=with_key(role), json={} if method == "POST" else None)
     assert answer.status_code in {200, 502, 503}
@@ -358,14 +358,19 @@ def test_a_malformed_host_is_a_problem_too(server: Server, host: str) -> None:
 # -- what is logged ----------------------------------------------------------------------------------------------------
 
 
-def test_each_delivery_leaves_one_line_with_its_id_and_nothing_of_its_body(
+def test_deliveries_leave_a_line_and_refused_ones_are_counted_in_one_line_a_minute(
     server: Server, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.DEBUG, logger="external_oms.web")
+    caplog.set_level(logging.DEBUG, logger="external_oms.webhook")
     server.deliver({"tenant": TENANT, "payload": "do-not-log-me"}, delivery_id="msg_logged")
-    server.client.post(HOOK, data=b"do-not-log-me", headers={"webhook-id": "evil\x1b[31m id" + "y" * 100})
-    lines = [record.getMessage() for record in caplog.records if record.name == "external_oms.web.webhook"]
-    assert lines[0] == f"delivery msg_logged: 200, {TENANT} is at generation 1"
-    assert lines[1].startswith("delivery evil??31m?idyyy")
-    assert len(lines) == 2
+    server.deliver({"tenant": TENANT, "payload": "do-not-log-me"}, delivery_id="msg_logged")
+    for _ in range(100):
+        server.client.post(HOOK, data=b"do-not-log-me", headers={"webhook-id": "evil\x1b[31m id" + "y" * 100})
+    server.deliver(b"{}{}")
+    server.oms.webhook.refusals.flush()
+    lines = [record.getMessage() for record in caplog.records if record.name == "external_oms.webhook"]
+    taken, first, later = lines
+    assert taken == f"tenant {TENANT}: delivery, generation 1"
+    assert first.startswith("refused deliveries: unauthorized (webhook-id is not 1 to 256 printable ASCII characters")
+    assert later.startswith("refused deliveries in the last minute: 100 (99 unauthorized, 1 bad_request); last: ")
     assert "do-not-log-me" not in caplog.text

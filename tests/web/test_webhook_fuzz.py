@@ -10,7 +10,7 @@ import pytest
 
 from external_oms import signature
 from external_oms.errors import SignatureError
-from external_oms.web.problems import PROBLEM_TYPE
+from external_oms.problems import PROBLEM_TYPE
 from tests.support.web import BEARER, HOOK, MALFORMED, SECRET, Server, StartServer
 
 
@@ -83,9 +83,12 @@ def fuzz(server: Server, caplog: pytest.LogCaptureFixture, *, number: int) -> di
     assert all(400 <= status < 500 for status in statuses), statuses
     assert server.generation() == 0
     said = [record.getMessage() for record in caplog.records]
-    secrets = [SECRET, SECRET.removeprefix("whsec_"), BEARER, *server.parts.settings.api_keys]
+    secrets = [SECRET, SECRET.removeprefix("whsec_"), BEARER, *server.oms.settings.api_keys]
     assert not [line for line in said if any(secret in line for secret in secrets)]
-    assert len([line for line in said if line.startswith("delivery ")]) == number
+    lines = [record for record in caplog.records if record.name == "external_oms.webhook"]
+    assert len(lines) == 1, "one line a minute"
+    server.oms.webhook.refusals.flush()
+    assert f"refused deliveries in the last minute: {number - 1} (" in caplog.records[-1].getMessage()
     assert not [line for line in said if not line.isprintable()]
     return statuses
 

@@ -19,7 +19,7 @@ from external_oms.settings import ENV_PREFIX, Settings, TenantSettings
 from external_oms.store_url import mask_passwords
 from external_oms.stores.base import Health
 from external_oms.transport import Transport
-from external_oms.web.app import FLAGS, check_credentials
+from external_oms.web.app import check_credentials
 from external_oms.wiring import make_store, token_source
 
 __all__ = ["Finding", "Verdict", "claims_of", "examine", "origins"]
@@ -254,7 +254,7 @@ def _store_finding(settings: Settings, clock: Clock) -> Finding:
 
 def _server_finding(settings: Settings) -> Finding:
     try:
-        check_credentials(settings, FLAGS)
+        check_credentials(settings)
     except SettingsError as error:
         return Finding("server", Verdict.NOTE, f"`external-oms serve` would refuse to start: {error}")
     return Finding("server", Verdict.OK, "credentials are there for all that it serves")

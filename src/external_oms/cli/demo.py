@@ -21,8 +21,7 @@ from external_oms.cli.stage import TENANT, Heard, Stage
 from external_oms.clock import SYSTEM_CLOCK
 from external_oms.config import FLAG_KEY
 from external_oms.errors import Unavailable
-from external_oms.web.app import FLAGS
-from external_oms.web.webhook import PATH
+from external_oms.webhook import PATH
 
 __all__ = ["demo"]
 
@@ -173,8 +172,7 @@ def _print_what_to_try(stage: Stage) -> None:
     )
     say()
     say(cell("It stays up until Ctrl-C. Try:", "bold"))
-    if "dashboard" in FLAGS:
-        tries += (("See it in a browser; log in with that KEY", f"{stage.origin}/"),)
+    tries += (("See it in a browser; log in with that KEY", f"{stage.origin}/"),)
     for what, command in tries:
         if what:
             say()

@@ -7,7 +7,7 @@ import sys
 import click
 
 from external_oms.cli.printing import print_json
-from external_oms.web.access import Role, new_key
+from external_oms.web.keys import Role, new_key
 
 __all__ = ["keys"]
 

@@ -24,7 +24,7 @@ from external_oms.settings import ENV_PREFIX, Settings, listed
 from external_oms.tenants import is_loopback
 from external_oms.transport import Response, Transport
 from external_oms.web.serving import DEFAULT_BIND
-from external_oms.web.webhook import PATH
+from external_oms.webhook import PATH
 
 __all__ = ["webhook"]
 

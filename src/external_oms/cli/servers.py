@@ -17,8 +17,7 @@ from external_oms.config import FLAG_KEY
 from external_oms.emulator import ConfigAPIEmulator
 from external_oms.settings import Settings
 from external_oms.tenants import is_tenant_name
-from external_oms.web.app import FLAGS, check_credentials
-from external_oms.web.serving import DEFAULT_BIND, THREADS, Serving, is_private, is_taken, run
+from external_oms.web.serving import DEFAULT_BIND, THREADS, Serving, check, is_private, is_taken, run
 from external_oms.wiring import make_store
 
 __all__ = ["emulate", "serve"]
@@ -55,10 +54,11 @@ def serve(bind: str, workers: int | None, threads: int, preload: bool, name_memb
     if insecure:
         settings = settings.replaced(insecure=True)
     _check_bind(bind, insecure=settings.insecure)
-    check_credentials(settings, FLAGS if settings.dashboard else FLAGS - {"dashboard"})
+    serving = Serving(bind, workers or _default_workers(), threads, preload, name_members)
+    check(settings, serving)
     make_store(settings).close()  # what is wrong with it is told here, in one line, and not by each worker
     _log_to_stderr()
-    run(settings, Serving(bind, workers or _default_workers(), threads, preload, name_members))
+    run(settings, serving)
 
 
 def _check_bind(bind: str, *, insecure: bool) -> None:

@@ -26,7 +26,7 @@ from external_oms.cli.reaching import environment_of
 from external_oms.emulator import ConfigAPIEmulator
 from external_oms.errors import Unavailable
 from external_oms.settings import ENV_PREFIX
-from external_oms.web.access import Role, new_key
+from external_oms.web.keys import Role, new_key
 from external_oms.web.serving import MEMBER_HEADER
 
 __all__ = ["Heard", "Stage"]

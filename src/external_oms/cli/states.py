@@ -15,7 +15,7 @@ from external_oms.cli.printing import Cell, ago, cell, clock_time, flag, moment,
 from external_oms.config import format_instant
 from external_oms.policy import Evaluation, Freshness, State, state_of
 from external_oms.records import Cause, Event
-from external_oms.web.shapes import event_shape, state_shape
+from external_oms.web.api import event_shape, state_shape
 from external_oms.wiring import Service
 
 __all__ = ["history", "status", "watch"]

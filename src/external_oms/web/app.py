@@ -1,215 +1,177 @@
-"""The whole server, and how its parts come onto any app: what is not configured is not open, and says so at start."""
+"""The whole server as one Flask application: the webhook, the API, OFREP, health, metrics and the dashboard."""
 
 from __future__ import annotations
 
-import logging
-import os
-import sys
-from collections.abc import Callable, Collection
-from typing import Protocol
+import importlib
+import re
+import secrets
+from datetime import timedelta
 
-from flask import Blueprint, Flask, Response
+from flask import Flask, Response, request
+from flask_wtf.csrf import CSRFProtect
+from werkzeug.exceptions import HTTPException
+from werkzeug.middleware.proxy_fix import ProxyFix
+from werkzeug.wrappers import Response as WerkzeugResponse
 
-from external_oms import signature
-from external_oms.errors import SettingsError, SignatureError
+from external_oms.errors import ExternalOMSError, SettingsError
+from external_oms.problems import Problem
 from external_oms.provider import ExternalOMSProvider
 from external_oms.settings import Settings
-from external_oms.web import api, dashboard, flagd, health, metrics, ofrep, openapi, webhook
-from external_oms.web.access import EXTENSION, Access, only_loopback
-from external_oms.web.limits import Limits
-from external_oms.web.parts import Parts
-from external_oms.web.problems import report_problems
-from external_oms.web.servers import worker_count
-from external_oms.web.sessions import is_lone
-from external_oms.web.streams import Hub
+from external_oms.web import api, dashboard, health, login, ofrep, webhook
+from external_oms.web.access import require_loopback
+from external_oms.web.errors import Error, problem_response, to_problem
+from external_oms.web.keys import APIKeys
+from external_oms.web.state import EXTENSION, OMS, get_oms, provider_of
+from external_oms.webhook import check_webhook_credentials
 
-__all__ = ["FLAGS", "check_credentials", "create_app", "mount"]
+__all__ = ["check_credentials", "create_app", "make_app"]
 
-BLUEPRINTS: tuple[tuple[str, Callable[[Parts], Blueprint]], ...] = (
-    ("webhook", webhook.blueprint),
-    ("api", api.blueprint),
-    ("api", openapi.blueprint),
-    ("ofrep", ofrep.blueprint),
-    ("ofrep", flagd.blueprint),
-    ("health", health.blueprint),
-    ("metrics", metrics.blueprint),
-    ("dashboard", dashboard.blueprint),
-)
-"""What can be mounted: the flag that asks for it, and what makes it. A new part is one line here."""
+FORM_BYTES = 8192
+"""The largest form, in bytes."""
 
-FLAGS = frozenset(flag for flag, _ in BLUEPRINTS)
-"""Every flag there is."""
+SECRET_LENGTH = 16
+"""The least characters of `session_secret`."""
 
-_OPEN = frozenset({"webhook", "health"})
-"""Flags whose routes ask for no key of `api_keys`: the webhook has its own credentials, health has nothing to hide."""
+_HEADERS = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
+_DATA = frozenset({"api", "ofrep", "health", "metrics", webhook.bp.name})
+_PAGE_HEADERS = _HEADERS | {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
+    "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "same-origin",  # under no-referrer, browsers send `Origin: null` with our own forms
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Permissions-Policy": "camera=(), geolocation=(), microphone=(), payment=(), usb=()",
+}
 
-_logger = logging.getLogger(__name__)
+_PREFIX = re.compile(r"(/[A-Za-z0-9._~-]+){0,8}")
+
+_SECRET = secrets.token_urlsafe(32)
+"""Signs sessions where `session_secret` is not set; workers that are forked after this import share it."""
+
+csrf = CSRFProtect()
+for _without_forms in (webhook.bp, api.bp, ofrep.bp):
+    csrf.exempt(_without_forms)
 
 
-def create_app(
-    settings: Settings | None = None, *, provider: ExternalOMSProvider | None = None, url_prefix: str = ""
-) -> Flask:
-    """The whole server: every part, on an app of its own.
+def create_app(settings: Settings | None = None, *, provider: ExternalOMSProvider | None = None) -> Flask:
+    """Return the whole server.
 
     Args:
-        settings: The settings; without them, those of the provider, else of the environment.
-        provider: What resolves the flag; made of the settings where it is not given.
-        url_prefix: Under which everything is mounted.
+        settings: The settings; those of the provider, else of the environment, unless given.
+        provider: The provider; made from the settings unless given.
 
     Raises:
-        SettingsError: A part would be open to anyone, or a credential is malformed; the setting is named.
+        SettingsError: A route would be open to anyone, or a credential is malformed or weak; the setting is named.
     """
-    settings = _settled(settings, provider)
-    flags = FLAGS if settings.dashboard else FLAGS - {"dashboard"}
-    check_credentials(settings, flags)
-    app = Flask("external_oms", static_folder=None)
-    app.config["MAX_CONTENT_LENGTH"] = settings.webhook_max_bytes
-    report_problems(app)
-    parts = mount(app, provider or ExternalOMSProvider(settings), settings, flags=flags, url_prefix=url_prefix)
-    parts.service.cache.start()  # nobody evaluates before the load balancer has found this process ready
+    if settings is None:
+        settings = Settings() if provider is None else provider.service.settings
+    check_credentials(settings)
+    oms = OMS(provider_of(settings, provider))
+    app = make_app(oms, with_webhook=True)
+    oms.cache.start()  # no evaluation comes before the load balancer has found this process ready
     return app
 
 
-def _settled(settings: Settings | None, provider: ExternalOMSProvider | None) -> Settings:
-    if settings is not None:
-        return settings
-    return Settings() if provider is None else provider.service.settings
-
-
-def check_credentials(settings: Settings, flags: Collection[str]) -> None:
-    """See that nothing which these flags mount would be open to anyone.
+def check_credentials(settings: Settings) -> None:
+    """Refuse settings with which a route of the server would be open to anyone, or a credential could be guessed.
 
     Raises:
-        SettingsError: It would, and `insecure` does not allow it; or a credential is malformed.
+        SettingsError: They are such.
     """
-    for number, secret in enumerate(settings.webhook_secrets, start=1):
-        try:
-            signature.check_secret(secret.get_secret_value())
-        except SignatureError as error:
-            raise SettingsError("webhook_secrets", f"entry {number} {error}") from error
-    for number, key in enumerate(settings.webhook_api_keys, start=1):
-        text = key.get_secret_value()
-        if not text.isascii() or not text.isprintable() or not text.strip() or " " in text:
-            raise SettingsError("webhook_api_keys", f"entry {number} must be printable ASCII without spaces")
-    configured = Access(settings).is_configured
-    if settings.insecure:
-        return
-    if "webhook" in flags and not (settings.webhook_secrets or settings.webhook_api_keys):
-        raise SettingsError(
-            "webhook_secrets",
-            "is not set, and neither is webhook_api_keys, so nobody could send a genuine delivery; set one of them "
-            "(`insecure` does without, on loopback only)",
-        )
-    needing = sorted(set(flags) - _OPEN - ({"metrics"} if settings.metrics_open else set()))
-    if needing and not configured:
+    check_webhook_credentials(settings)
+    ofrep.check_origins(settings.ofrep_origins)
+    if settings.session_secret is not None and len(settings.session_secret.get_secret_value()) < SECRET_LENGTH:
+        advice = f"is shorter than {SECRET_LENGTH} characters; try `openssl rand -base64 32`"
+        raise SettingsError("session_secret", advice)
+    if not len(APIKeys(settings.api_keys)) and not settings.insecure:
         raise SettingsError(
             "api_keys",
-            f"is not set, and {', '.join(needing)} would be closed to everyone; make an entry with "
+            "is not set, so nobody could use the API, OFREP or the dashboard; make an entry with "
             "`external-oms keys new` (`insecure` does without, on loopback only)",
         )
+    if settings.insecure and settings.proxies:
+        raise SettingsError("insecure", "is set beside proxies; without credentials, only this machine may ask")
 
 
-def mount(
-    app: Flask, provider: ExternalOMSProvider, settings: Settings, *, flags: Collection[str], url_prefix: str
-) -> Parts:
-    """Put the parts that the flags name onto an app, and their state into its extensions.
+def make_app(oms: OMS, *, with_webhook: bool) -> Flask:
+    """Return the application over a state.
 
     Args:
-        app: The app.
-        provider: What resolves the flag.
-        settings: Its settings, checked by `check_credentials`.
-        flags: What to mount, of `FLAGS`.
-        url_prefix: Under which; empty, or with a slash in front.
+        oms: The state.
+        with_webhook: Whether it takes deliveries; an application that mounts this one has the webhook itself.
     """
-    prefix = url_prefix.rstrip("/")
-    parts = Parts(
-        provider=provider,
-        settings=settings,
-        access=Access(settings),
-        limits=Limits(settings),
-        hub=Hub(provider.service.cache, max_streams=settings.max_streams),
-        url_prefix=prefix,
-        mounted=frozenset(flags),
+    # prometheus-client reads the environment when it is imported, and `serve` sets a variable before this.
+    metrics = importlib.import_module("external_oms.web.metrics")
+    settings = oms.settings
+    app = Flask("external_oms.web", static_folder=None)
+    app.url_map.merge_slashes = False
+    app.session_interface = login.SessionInterface()
+    app.config.update(
+        SECRET_KEY=settings.session_secret.get_secret_value() if settings.session_secret else _SECRET,
+        SESSION_COOKIE_NAME=login.COOKIE,
+        SESSION_COOKIE_SAMESITE="Lax",
+        SESSION_REFRESH_EACH_REQUEST=False,
+        PERMANENT_SESSION_LIFETIME=timedelta(seconds=settings.session_seconds),
+        MAX_CONTENT_LENGTH=FORM_BYTES,
+        MAX_FORM_MEMORY_SIZE=FORM_BYTES,
+        WTF_CSRF_TIME_LIMIT=None,
+        WTF_CSRF_SSL_STRICT=False,  # a proxy may change the Host header; the token is enough
     )
-    app.extensions[EXTENSION] = parts
-    whole = Blueprint(EXTENSION, __name__, url_prefix=prefix or None)
-    report_problems(whole)
-    whole.after_request(_sealed)
+    app.extensions[EXTENSION] = oms
+    app.extensions[metrics.EXTENSION] = metrics.init_app(oms)
+    app.register_error_handler(HTTPException, on_error)
+    app.register_error_handler(ExternalOMSError, on_error)
+    app.register_error_handler(Problem, on_error)
+    app.after_request(set_security_headers)
     if settings.insecure:
-        whole.before_request(only_loopback)
-        _logger.warning("`insecure` is set: without credentials, and for this machine only")
-    made = [blueprint(parts) for flag, blueprint in BLUEPRINTS if flag in flags]
-    for part in made:
-        whole.register_blueprint(part)
-    app.register_blueprint(whole)
-    _exempt_from_csrf(app, made)
-    _warn_of_lone_workers(settings, flags)
-    if "dashboard" in flags and "redis" in settings.store and settings.session_secret is None:
-        _logger.warning(
-            "session_secret is not set: a login at this host is not known at the others that share the store; "
-            "set the same one at each, such as `openssl rand -base64 32` makes"
-        )
-    return parts
+        oms.warn_once("`insecure` is set: without credentials, and for this machine only")
+        app.before_request(require_loopback)
+    if settings.dashboard and settings.session_secret is None and oms.store.kind == "redis":
+        oms.warn_once("session_secret is not set: a login at this host is not known to the others that share the store")
+    csrf.init_app(app)
+    parts = [api.bp, ofrep.bp, health.bp, metrics.bp]
+    parts += [webhook.bp] if with_webhook else []
+    parts += [dashboard.bp, login.bp] if settings.dashboard else []
+    for blueprint in parts:
+        app.register_blueprint(blueprint)
+    if settings.proxies:
+        count = settings.proxies
+        app.before_request(check_prefix)
+        app.wsgi_app = ProxyFix(app.wsgi_app, x_for=count, x_proto=count, x_host=count, x_prefix=count)  # type: ignore[method-assign]  # Flask's documented way
+    return app
 
 
-def _sealed(answer: Response) -> Response:
-    for name, value in _SEALS:
-        if name not in answer.headers:
-            answer.headers.add(name, value)
-    return answer
+def on_error(error: Error) -> WerkzeugResponse:
+    """Return an error as problem details; OFREP's routes have a shape of their own."""
+    if request.path.startswith(ofrep.PREFIX):
+        return ofrep.error_response(error)
+    if get_oms().settings.dashboard and _is_page():
+        return dashboard.error_page(error)
+    return problem_response(to_problem(error))
 
 
-_SEALS = (("X-Content-Type-Options", "nosniff"), ("Cache-Control", "no-store"))
+def _is_page() -> bool:
+    """Return whether a person reads the response: a page was requested, or a browser asks for an unknown path."""
+    if request.path in {"/", "/login", "/logout"} or request.path.startswith("/tenants/"):
+        return True
+    wanted = request.accept_mimetypes.best_match(["application/json", "text/html"])
+    return wanted == "text/html" and not request.path.startswith("/api/")
 
 
-class _Csrf(Protocol):
-    """As much of Flask-WTF's CSRFProtect as is needed here."""
+def check_prefix() -> None:
+    """Refuse an X-Forwarded-Prefix that would lead a redirect to another host.
 
-    def exempt(self, view: Blueprint) -> Blueprint: ...
-
-
-def _exempt_from_csrf(app: Flask, blueprints: Collection[Blueprint]) -> None:
-    """Have the app's own CSRFProtect let through what shows credentials, or form tokens, of its own.
-
-    It may come onto the app later than we do, so the first requests look for it again, before it looks at them.
+    Raises:
+        Problem: 400.
     """
-    found: list[_Csrf] = []
-
-    def exempt() -> None:
-        guard: _Csrf | None = app.extensions.get("csrf")
-        if guard is not None and guard not in found:
-            found.append(guard)
-            for blueprint in blueprints:
-                guard.exempt(blueprint)
-
-    exempt()
-    app.before_request_funcs.setdefault(None, []).insert(0, exempt)
+    if not _PREFIX.fullmatch(request.script_root):
+        raise Problem(400, "the prefix that the proxy names is not a path")
 
 
-def _warn_of_lone_workers(settings: Settings, flags: Collection[str]) -> None:
-    """Say that a delivery reaches one worker of several, or that a scrape counts one alone, where it does."""
-    uwsgi = sys.modules.get("uwsgi")
-    workers = worker_count(sys.argv, os.environ, uwsgi_processes=None if uwsgi is None else int(uwsgi.numproc))
-    if workers == 1:
-        return
-    if "webhook" in flags and settings.store.startswith("memory:"):
-        _logger.warning(
-            "this server runs %d workers, and with store = memory:// a delivery reaches only the one that it lands on; "
-            "the others serve the old value until its ttl_seconds (%g) have passed. Set store to "
-            "sqlite:////path/state.db, which all workers of a host share, or to redis://",
-            workers,
-            settings.ttl_seconds,
-        )
-    if "dashboard" in flags and is_lone(settings):
-        _logger.warning(
-            "this server runs %d workers, and a login at one of them is not known to the others; set session_secret, "
-            "such as `openssl rand -base64 32` makes",
-            workers,
-        )
-    if "metrics" in flags and not metrics.are_shared():
-        _logger.warning(
-            "this server runs %d workers, and each scrape of /metrics counts the one that it lands on. Have %s name an "
-            "empty directory before the server starts; docs/metrics.md has the rest",
-            workers,
-            metrics.DIRECTORY_VARIABLE,
-        )
+def set_security_headers(response: Response) -> Response:
+    """Add the security headers that the response does not have."""
+    headers = _HEADERS if request.blueprint in _DATA else _PAGE_HEADERS
+    for name, value in headers.items():
+        if name not in response.headers:
+            response.headers[name] = value
+    return response

@@ -1,67 +1,57 @@
-"""What a load balancer needs: is this process alive, has it something to serve; a dead API alone takes nobody out.
+"""`/healthz` and `/readyz` for load balancers. Both are open, so they name no tenant, no path and no error.
 
-`/readyz` answers 503 only where not one tenant has an answer: to take a process out for one tenant's sake, or for an
-API that is dead for every process alike, would take the service away from those who can be served.
-Both are open, so they name no tenant.
+A process is ready once it knows a value of one tenant, or has failed to read one and `when_expired` is `on` or `off`.
+It stays ready while the config API fails, however old the value grows: an outage is the same for every process, and
+taking all of them out would take the webhook away too. The body says `degraded` meanwhile.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from http import HTTPStatus
 
 from flask import Blueprint, Response, jsonify
 
 from external_oms.policy import Freshness, State
-from external_oms.settings import Settings
-from external_oms.web.parts import Parts
-from external_oms.web.problems import resource
-from external_oms.web.shapes import JSON
+from external_oms.problems import JSON
+from external_oms.web.state import current_oms
 
-__all__ = ["blueprint"]
+__all__ = ["bp"]
 
-
-def blueprint(parts: Parts) -> Blueprint:
-    """The two health routes of one app."""
-    mounted = Blueprint("health", __name__)
-
-    def healthz() -> Response:
-        return jsonify({"status": "alive"})
-
-    def readyz() -> tuple[Response, int]:
-        cache, store = parts.service.cache, parts.service.store
-        cache.start()  # a worker forked before the first read ended is asked nothing else until it is ready
-        states = [cache.state(name) for name in cache.tenants]
-        health = store.health()
-        ready = any(_has_answer(state, parts.settings) for state in states)
-        problems = [] if health.ok else [health.problem]
-        problems += _read_problems(states)
-        body: dict[str, JSON] = {
-            "status": "unready" if not ready else "degraded" if problems else "ready",
-            "problems": list[JSON](problems),
-            "store": {"kind": store.kind, "ok": health.ok},
-            "tenants": _counted(states),
-        }
-        return jsonify(body), HTTPStatus.OK if ready else HTTPStatus.SERVICE_UNAVAILABLE
-
-    resource(mounted, "/healthz", GET=healthz)
-    resource(mounted, "/readyz", GET=readyz)
-    return mounted
+bp = Blueprint("health", __name__)
 
 
-def _has_answer(state: State, settings: Settings) -> bool:
-    """Whether an evaluation of this tenant gets an answer now, without waiting for a first read."""
-    if state.freshness is not Freshness.EXPIRED:
-        return True
-    if settings.refresh == "lazy" and not state.failures:
-        return True  # it reads when it is first asked, and it is asked only once it is ready
-    if settings.when_expired == "last":
-        return state.enabled is not None
-    # a policy answers too, but a process that has not even tried to read is not ready yet
-    return settings.when_expired != "default" and (state.enabled is not None or state.failures > 0)
+@bp.get("/healthz")
+def healthz() -> Response:
+    """Return that the process is alive."""
+    return jsonify({"status": "alive"})
 
 
-def _read_problems(states: list[State]) -> list[str]:
+@bp.get("/readyz")
+def readyz() -> tuple[Response, int]:
+    """Return whether this process may be sent requests, and what is wrong."""
+    cache, store = current_oms.cache, current_oms.store
+    cache.start()  # a worker that was forked before the first read gets no request until it is ready
+    states = [cache.state(name) for name in cache.tenants]
+    is_ready = current_oms.settings.refresh == "lazy" or any(_has_answer(state) for state in states)
+    is_shared = store.health().ok
+    problems = [] if is_shared else [f"the {store.kind} store cannot be used as configured; the log says why"]
+    problems += _read_problems(states)
+    body: dict[str, JSON] = {
+        "status": "unready" if not is_ready else "degraded" if problems else "ready",
+        "problems": list[JSON](problems),
+        "store": {"kind": store.kind, "ok": is_shared},
+        "tenants": _counts(states),
+    }
+    return jsonify(body), HTTPStatus.OK if is_ready else HTTPStatus.SERVICE_UNAVAILABLE
+
+
+def _has_answer(state: State) -> bool:
+    return state.enabled is not None or (state.failures > 0 and current_oms.settings.when_expired in {"on", "off"})
+
+
+def _read_problems(states: Sequence[State]) -> list[str]:
     failing = [state for state in states if state.failures]
     if not failing:
         return []
@@ -70,7 +60,7 @@ def _read_problems(states: list[State]) -> list[str]:
     return [f"reads of the config API fail for {whose}; {served} of them are served from their last known value"]
 
 
-def _counted(states: list[State]) -> dict[str, JSON]:
+def _counts(states: Sequence[State]) -> dict[str, JSON]:
     by_freshness = Counter(state.freshness for state in states)
     counts: dict[str, JSON] = {freshness.value: by_freshness[freshness] for freshness in Freshness}
     return {"configured": len(states), **counts, "failing": sum(state.failures > 0 for state in states)}

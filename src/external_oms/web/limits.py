@@ -1,41 +1,41 @@
-"""How often is too often: counted per minute and asker, over the fleet where the store is Redis.
+"""Rate limits per minute and caller, and ended sessions; shared through Redis if the store is Redis.
 
-Flask-Limiter's own engine (`limits`) is used without its Flask half, which would take the configuration and the routes
-of the application that we are mounted on for its own, and cannot count by who turned out to ask.
+`limits`, the engine of Flask-Limiter, is used directly: one counter serves Flask's views and `external_oms.webhook`.
 """
 
 from __future__ import annotations
 
-import itertools
 import logging
 import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable
+from typing import TypeVar
 
 from limits import RateLimitItemPerMinute
 from limits.errors import ConfigurationError, StorageError
-from limits.storage import MemoryStorage, StorageTypes, storage_from_string
+from limits.storage import MemoryStorage, Storage, storage_from_string
 from limits.strategies import FixedWindowRateLimiter
 
+from external_oms.problems import Problem, whole_seconds
 from external_oms.settings import Settings
-from external_oms.web.problems import Problem, whole_seconds
 
 __all__ = ["Limits"]
 
 REDIS_SECONDS = 0.5
-"""How long Redis may take to count: a request is never held longer for the sake of a limit."""
+"""How long a request waits for the counter in Redis, in seconds."""
 
-REST_SECONDS = 10.0
-"""How long this process counts by itself after Redis failed to."""
+RETRY_SECONDS = 10.0
+"""How long this process counts by itself after Redis failed, in seconds."""
 
-_logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+logger = logging.getLogger("external_oms.web")
 
 
 class Limits:
-    """Counters of one app.
+    """The counters of one application.
 
     Args:
         settings: Where to count, and under which prefix.
@@ -43,107 +43,100 @@ class Limits:
     """
 
     def __init__(self, settings: Settings, *, wall: Callable[[], float] = time.time) -> None:
-        self._store = settings.store
+        self._store = str(settings.store)
         self._prefix = settings.store_prefix
+        self._session_seconds = settings.session_seconds
         self._wall = wall
-        self._lock = threading.Lock()
-        self._counters: tuple[FixedWindowRateLimiter, ...] = ()
-        self._here: dict[tuple[str, str], tuple[float, Iterator[int]]] = {}
-        self._rests_until = 0.0
+        self.after_fork()
         _alive.add(self)
 
-    def take(self, what: str, who: str, *, per_minute: int) -> None:
-        """Count one more of something that somebody does.
+    def after_fork(self) -> None:
+        """Count anew in a forked child, with no lock, thread or connection of the parent."""
+        self._lock = threading.Lock()
+        self._storages: tuple[Storage | None, Storage] | None = None
+        self._failed_at: float | None = None
+
+    def hit(self, what: str, who: str, *, per_minute: int) -> None:
+        """Count a request.
 
         Args:
-            what: What they do.
-            who: Who they are: a key's name, an address.
-            per_minute: How often they may, >= 1.
+            what: What is requested.
+            who: The caller: the name of an API key, an address.
+            per_minute: How often the caller may, >= 1.
 
         Raises:
             Problem: 429 with Retry-After: too often.
         """
-        self._admit(FixedWindowRateLimiter.hit, what, who, per_minute)
+        self._use(lambda storage: self._limit(storage, what, who, per_minute, count=True))
 
     def check(self, what: str, who: str, *, per_minute: int) -> None:
-        """Refuse where `take` would, and count nothing: for what turns out to count or not only when it is done.
-
-        Args:
-            what: What they do.
-            who: Who they are.
-            per_minute: How often they may, >= 1.
+        """Refuse where `hit` would, and count nothing.
 
         Raises:
             Problem: 429 with Retry-After: too often.
         """
-        self._admit(FixedWindowRateLimiter.test, what, who, per_minute)
+        self._use(lambda storage: self._limit(storage, what, who, per_minute, count=False))
 
-    def count(self, what: str, who: str, *, per_minute: int) -> None:
-        """Count what `check` let pass; it is done, so nothing is refused any more."""
-        with suppress(Problem):
-            self.take(what, who, per_minute=per_minute)
-
-    def _admit(self, admits: Callable[..., bool], what: str, who: str, per_minute: int) -> None:
-        item = RateLimitItemPerMinute(per_minute)
+    def revoke(self, session_id: str) -> None:
+        """Remember that a session has ended, for as long as a copy of its cookie could be used."""
+        expiry = int(self._session_seconds) + 60
         shared, own = self._ready()
-        if self._wall() >= self._rests_until:
-            try:
-                self._refuse_unless(admits, shared, item, what, who)
-            except StorageError:
-                self._rests_until = self._wall() + REST_SECONDS
-                _logger.warning("rate limits are counted per process: the shared counter does not answer")
-            else:
-                return
-        self._refuse_unless(admits, own, item, what, who)
+        own.incr(_revoked(session_id), expiry)
+        if shared is not None:
+            self._use(lambda storage: storage.incr(_revoked(session_id), expiry))
 
-    def take_here(self, what: str, who: str, *, per_minute: int) -> None:
-        """As `take`, for what is asked on every order: each process counts for itself, and it costs a microsecond.
+    def is_revoked(self, session_id: str) -> bool:
+        """Return whether a session has ended, as far as the counters of this process or of Redis know."""
+        return self._ready()[1].get(_revoked(session_id)) > 0 or self._use(
+            lambda storage: storage.get(_revoked(session_id)) > 0
+        )
 
-        `limits` would take twenty of them, and with Redis a request over the network.
-        """
-        minute, spent = divmod(self._wall(), 60.0)
-        kept = self._here.get((what, who))
-        if kept is None or kept[0] != minute:
-            kept = self._here[what, who] = (minute, itertools.count(1))
-        if next(kept[1]) > per_minute:
-            raise _too_often(per_minute, 60.0 - spent)
+    def _limit(self, storage: Storage, what: str, who: str, per_minute: int, *, count: bool) -> None:
+        limiter, item = FixedWindowRateLimiter(storage), RateLimitItemPerMinute(per_minute)
+        if not (limiter.hit if count else limiter.test)(item, what, who):
+            seconds = limiter.get_window_stats(item, what, who).reset_time - self._wall()
+            wait = whole_seconds(seconds)
+            raise Problem(429, f"more than {per_minute} a minute; wait {wait} s", headers={"Retry-After": wait})
 
-    def _refuse_unless(
-        self,
-        admits: Callable[..., bool],
-        counter: FixedWindowRateLimiter,
-        item: RateLimitItemPerMinute,
-        what: str,
-        who: str,
-    ) -> None:
-        if not admits(counter, item, what, who):
-            raise _too_often(item.amount, counter.get_window_stats(item, what, who).reset_time - self._wall())
+    def _use(self, work: Callable[[Storage], T]) -> T:
+        shared, own = self._ready()
+        if shared is None or (self._failed_at is not None and self._wall() < self._failed_at + RETRY_SECONDS):
+            return work(own)
+        try:
+            result = work(shared)
+        except StorageError:
+            if self._failed_at is None:
+                logger.warning("rate limits are counted per process: the counter in Redis does not answer")
+            self._failed_at = self._wall()
+            return work(own)
+        if self._failed_at is not None:
+            self._failed_at = None
+            logger.warning("rate limits are counted in Redis again")
+        return result
 
-    def _ready(self) -> tuple[FixedWindowRateLimiter, FixedWindowRateLimiter]:
-        """The shared counter and our own, made on first use: a parent that only forks starts no thread for them."""
+    def _ready(self) -> tuple[Storage | None, Storage]:
+        """Return the shared counter, if there is one, and our own; made on first use, after a fork."""
         with self._lock:
-            if not self._counters:
-                alone = FixedWindowRateLimiter(MemoryStorage())
-                shared = self._shared()
-                self._counters = (alone if shared is None else FixedWindowRateLimiter(shared), alone)
-            return self._counters[0], self._counters[1]
+            if self._storages is None:
+                self._storages = (self._shared(), MemoryStorage())
+            return self._storages
 
-    def _shared(self) -> StorageTypes | None:
+    def _shared(self) -> Storage | None:
         scheme, _, rest = self._store.partition("://")
         if scheme in {"memory", "sqlite"}:
             return None
         uri = f"{'redis+unix' if scheme == 'unix' else scheme}://{rest}"
-        patience = {"socket_timeout": REDIS_SECONDS, "socket_connect_timeout": REDIS_SECONDS}
+        timeouts = {"socket_timeout": REDIS_SECONDS, "socket_connect_timeout": REDIS_SECONDS}
         try:
-            return storage_from_string(uri, wrap_exceptions=True, key_prefix=f"{self._prefix}:limits", **patience)
+            storage = storage_from_string(uri, wrap_exceptions=True, key_prefix=f"{self._prefix}:limits", **timeouts)
         except (ConfigurationError, ValueError, StorageError):
-            _logger.warning("rate limits are counted per process: this form of Redis URL cannot be used for them")
+            logger.warning("rate limits are counted per process: this form of Redis URL cannot be used for them")
             return None
+        return storage if isinstance(storage, Storage) else None
 
-    def after_fork(self) -> None:
-        """In a forked child: count anew, with no lock, thread or connection of the parent."""
-        self._lock = threading.Lock()
-        self._counters = ()
+
+def _revoked(session_id: str) -> str:
+    return f"session-ended:{session_id}"
 
 
 _alive: weakref.WeakSet[Limits] = weakref.WeakSet()
@@ -156,8 +149,3 @@ def _after_fork_in_child() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork_in_child)
-
-
-def _too_often(per_minute: int, wait_seconds: float) -> Problem:
-    wait = whole_seconds(wait_seconds)
-    return Problem(429, f"more than {per_minute} a minute; wait {wait} s", headers={"Retry-After": wait})

@@ -1,63 +1,88 @@
-"""The door of the page: a key in, a session out. Where it leads is named by a tenant, never by a URL."""
+"""Log in with an API key, and log out. The session is Flask's own, a signed cookie; it holds no key."""
 
 from __future__ import annotations
 
-from flask import Blueprint, Response, redirect, render_template, request, url_for
-from werkzeug.wrappers import Response as WerkzeugResponse
+import logging
+import secrets
+import time
 
-from external_oms.web.access import identity_of
-from external_oms.web.parts import Parts
-from external_oms.web.problems import Problem, resource
-from external_oms.web.sessions import Sessions
+from flask import Blueprint, Flask, redirect, render_template, request, session, url_for
+from flask.sessions import SecureCookieSessionInterface
+from werkzeug.wrappers import Response
 
-__all__ = ["add_login", "login_page"]
+from external_oms.problems import Problem
+from external_oms.web.access import current_identity, is_local
+from external_oms.web.keys import Via
+from external_oms.web.state import current_oms
+
+__all__ = ["COOKIE", "SessionInterface", "bp"]
+
+COOKIE = "external_oms_session"
+"""The name of the session cookie."""
 
 _LONGEST_KEY = 512
 
+bp = Blueprint("login", __name__)
 
-def login_page(sessions: Sessions, *, problem: str = "", status: int = 200) -> Response:
-    """The page that asks for a key."""
-    page = render_template(
-        "external_oms/login.html",
-        problem=problem,
-        wanted=request.values.get("tenant", ""),
-        form_token=sessions.form_token(),
-    )
-    return Response(page, status, content_type="text/html; charset=utf-8")
+logger = logging.getLogger("external_oms.access")
 
 
-def add_login(mounted: Blueprint, parts: Parts, sessions: Sessions) -> None:
-    """Add `/login` and `/logout` to a blueprint of pages."""
+class SessionInterface(SecureCookieSessionInterface):
+    """Flask's session in a cookie that is Secure unless this machine asks itself, and that stays below our prefix."""
 
-    def onward() -> WerkzeugResponse:
-        wanted = request.values.get("tenant", "")
-        known = wanted in parts.service.cache.tenants
-        return redirect(url_for(".tenant", tenant=wanted) if known else url_for(".overview"), 303)
+    def get_cookie_secure(self, app: Flask) -> bool:  # noqa: ARG002 - the form of the base
+        """Return whether the cookie is sent over TLS alone: always behind a proxy, since the way to it may be long."""
+        return current_oms.settings.proxies > 0 or not is_local(request)
 
-    def login() -> WerkzeugResponse:
-        return login_page(sessions) if identity_of(request) is None else onward()
-
-    def enter() -> WerkzeugResponse:
-        try:
-            parts.limits.take("login", parts.access.address(request), per_minute=parts.settings.logins_per_minute)
-            sessions.check_form()
-        except Problem as problem:
-            answer = login_page(sessions, problem=_in_words(problem), status=problem.status)
-            if "Retry-After" in problem.answer.headers:
-                answer.headers["Retry-After"] = problem.answer.headers["Retry-After"]
-            return answer
-        if sessions.login(request.form.get("key", "")[:_LONGEST_KEY].strip()) is None:
-            return login_page(sessions, problem="This key is not known here.", status=403)
-        return onward()
-
-    def logout() -> WerkzeugResponse:
-        sessions.check_form()
-        sessions.logout()
-        return redirect(url_for(".login"), 303)
-
-    resource(mounted, "/login", GET=login, POST=enter)
-    resource(mounted, "/logout", POST=logout)
+    def get_cookie_path(self, app: Flask) -> str:  # noqa: ARG002 - the form of the base
+        """Return where the browser sends the cookie: our prefix and below."""
+        return request.script_root or "/"
 
 
-def _in_words(problem: Problem) -> str:
-    return f"{problem.detail[0].upper()}{problem.detail[1:]}."
+@bp.get("/login")
+def login() -> Response | str:
+    """Ask for a key."""
+    return _page() if current_identity() is None else _onward()
+
+
+@bp.post("/login")
+def enter() -> Response | tuple[str, int] | tuple[str, int, dict[str, str]]:
+    """Begin a session for the holder of a key."""
+    if current_oms.needs_shared_secret(request.environ):
+        return _page("This server has several processes and no session_secret; set it, and restart"), 503
+    address = request.remote_addr or ""
+    try:
+        current_oms.limits.hit("login", address, per_minute=current_oms.settings.logins_per_minute)
+    except Problem as problem:
+        return _page(f"{problem.detail[0].upper()}{problem.detail[1:]}"), problem.status, problem.headers
+    identity = current_oms.api_keys.identity(request.form.get("key", "")[:_LONGEST_KEY].strip())
+    if identity is None:
+        logger.warning("failed login from %s", address or "a Unix socket")
+        return _page("Invalid API key"), 403
+    session.clear()  # a cookie that somebody else planted is worth nothing after the login
+    session.update(key=identity.fingerprint, id=secrets.token_urlsafe(16), at=time.time())
+    session.permanent = True
+    logger.info("%s (%s) logged in from %s", identity.name, identity.role.word, address or "a Unix socket")
+    return _onward()
+
+
+@bp.post("/logout")
+def logout() -> Response:
+    """End the session, its event streams, and every copy of its cookie."""
+    identity = current_identity()
+    if identity is not None and identity.via is Via.SESSION:
+        current_oms.limits.revoke(str(session["id"]))
+        logger.info("%s logged out", identity.name)
+    session.clear()
+    return redirect(url_for("login.login"), 303)
+
+
+def _onward() -> Response:
+    wanted = request.values.get("tenant", "")
+    if wanted in current_oms.cache.tenants:
+        return redirect(url_for("dashboard.tenant", tenant=wanted), 303)
+    return redirect(url_for("dashboard.overview"), 303)
+
+
+def _page(problem: str = "") -> str:
+    return render_template("external_oms/login.html", problem=problem, wanted=request.values.get("tenant", ""))

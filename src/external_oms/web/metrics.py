@@ -1,68 +1,96 @@
-"""What a monitor asks: states as they stand when it asks, counts as all workers together made them.
+"""Metrics for Prometheus: states as gauges, computed at each scrape, and counts by prometheus-client.
 
-States (value, age, members, …) are computed at each scrape from the store, which every worker shares, so any worker
-gives the same answer. Counts are each process's own. Where `PROMETHEUS_MULTIPROC_DIR` names a directory, which
-`shared_counts` makes for `external-oms serve`, prometheus-client keeps them there, a mapped file per process, and a
-scrape sums them, those of ended processes included. Else they stand in a registry of our own, never the application's.
+States come from the store that every process shares, so each process gives the same answer. Counts belong to a process.
+Where `PROMETHEUS_MULTIPROC_DIR` names a directory, prometheus-client keeps them there, and a scrape sums them over the
+processes, those that have ended included; `external-oms serve` makes such a directory. Else they stand in a registry of
+our own.
 
-Counting and scraping each happen under a lock of ours that is held over a fork, so no child inherits one of
-prometheus-client's locks while somebody holds it. They are two, so that nobody who counts waits for a scrape.
+prometheus-client reads the variable when it is imported, so this module is imported when an application is made.
+Counting and scraping each happen under a lock that is held over a fork, so that no child inherits a locked lock of the
+library.
 """
 
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 import threading
 import weakref
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache, partial
 from pathlib import Path
 
-from flask import Blueprint, Response, request
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, multiprocess, values
-from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
-from prometheus_client.metrics_core import Metric
-from prometheus_client.openmetrics import exposition as openmetrics
+from flask import Blueprint, Response, current_app, request
+from openfeature.flag_evaluation import FlagEvaluationDetails, FlagValueType, Reason
+from openfeature.hook import Hook, HookContext, HookHints
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, multiprocess
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, choose_encoder
+from prometheus_client.metrics_core import GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.registry import Collector
-from werkzeug.datastructures import MIMEAccept
 
+from external_oms import __version__
 from external_oms.cache import Cache, Change
+from external_oms.config import FLAG_KEY
 from external_oms.entry import Failure
-from external_oms.errors import SettingsError
+from external_oms.errors import SettingsError, TenantError
 from external_oms.heartbeat import member_name
 from external_oms.operations import DeliveryResult
+from external_oms.policy import Freshness, State
+from external_oms.records import Member
 from external_oms.singleflight import ReadEnd
-from external_oms.web.access import Role, demand
-from external_oms.web.gauges import gauges_of
-from external_oms.web.hooks import Evaluated, MetricsHook, Via
-from external_oms.web.parts import Parts
-from external_oms.web.problems import resource
-from external_oms.wiring import Service, TokenRenewed
+from external_oms.web.access import authorize
+from external_oms.web.keys import Role
+from external_oms.web.state import OMS, Evaluation, current_oms
+from external_oms.wiring import TokenRenewed
 
-__all__ = ["DIRECTORY_VARIABLE", "Meters", "are_shared", "blueprint", "exposition", "forget", "shared_counts"]
+__all__ = ["DIRECTORY_VARIABLE", "Metrics", "MetricsHook", "are_shared", "bp", "exposition", "init_app"]
 
 DIRECTORY_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
-"""prometheus-client's own: where the processes of one server count together."""
+"""prometheus-client's own variable: the directory where the processes of one server count together."""
+
+EXTENSION = "external_oms_metrics"
 
 PREFIX = "external_oms_"
-"""How every name of ours begins."""
+"""The prefix of every metric."""
 
 READ_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
-"""Seconds: from an API next door to the longest sensible timeout_seconds, finest where healthy APIs answer."""
+"""In seconds: from an API next door to the longest sensible timeout_seconds."""
 
 LAG_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
-"""Seconds: from memory of the same process to a fleet that has lost its store."""
+"""In seconds: from memory of the same process to a fleet that has lost its store."""
 
 _REASONS = ("CACHED", "STATIC", "STALE", "DEFAULT", "ERROR")
 _DELIVERED = ("read", "later", "duplicate")
+_KNOWN_REASONS = frozenset(reason.value for reason in Reason)
 
-_OPENMETRICS = "application/openmetrics-text"
+bp = Blueprint("metrics", __name__)
 
 _counting = threading.RLock()
 _scraping = threading.RLock()
+
+
+@bp.get("/metrics")
+def metrics() -> Response:
+    """Return every metric."""
+    if not current_oms.settings.metrics_open:
+        authorize(Role.VIEWER)
+    if request.environ.get("wsgi.multiprocess") and not are_shared():
+        current_oms.warn_once(
+            "this server has several processes, and each scrape of /metrics counts the one that answers it; have %s "
+            "name an empty directory before the server starts",
+            DIRECTORY_VARIABLE,
+        )
+    current_oms.cache.start()  # a process that gets no other request must not tell of the past
+    body, content_type = exposition(current_app.extensions[EXTENSION], request.headers.get("Accept", ""))
+    return Response(body, content_type=content_type)
+
+
+def exposition(collector: Collector, accept: str) -> tuple[bytes, str]:
+    """Return the metrics as text, and its type: OpenMetrics where the scraper prefers it."""
+    try:
+        encoder, content_type = choose_encoder(accept)
+        return encoder(collector), content_type
+    except (ValueError, TypeError):  # a version that is no number
+        return generate_latest(collector), CONTENT_TYPE_PLAIN_0_0_4
 
 
 class _Counts:
@@ -72,27 +100,27 @@ class _Counts:
         counter = partial(Counter, registry=registry)
         self.reads = counter(
             PREFIX + "reads",
-            "Reads of the config API whose outcome was stored, by what came of them; look up a result other than ok "
-            "in docs/failure-modes.md.",
+            "Reads of the config API whose outcome was stored, by result; docs/failure-modes.md explains every result "
+            "other than ok.",
             ("tenant", "result"),
         )
         self.read_seconds = Histogram(
             PREFIX + "read_duration_seconds",
-            "How long reads of the config API took; near timeout_seconds, ask its operators before you raise that.",
+            "Duration of reads of the config API; near timeout_seconds, ask its operators before you raise that.",
             ("tenant", "outcome"),
             buckets=READ_BUCKETS,
             registry=registry,
         )
         self.evaluations = counter(
             PREFIX + "evaluations",
-            "Evaluations of the flag, by reason and way; DEFAULT and ERROR were not answered from a value that may be "
-            "served, so look at external_oms_freshness.",
+            "Evaluations of the flag, by reason and way; DEFAULT and ERROR had no value that may be served, so look at "
+            "external_oms_freshness.",
             ("tenant", "reason", "via"),
         )
         self.deliveries = counter(
             PREFIX + "deliveries",
             "Deliveries to the webhook: read (value read again), later (the read follows), duplicate, or why refused; "
-            "unauthorized ones mean a sender with a wrong secret, or a stranger.",
+            "unauthorized means a sender with a wrong secret, or a stranger.",
             ("tenant", "result"),
         )
         self.lag_seconds = Histogram(
@@ -113,19 +141,19 @@ class _Counts:
         )
         self.lease_waits = counter(
             PREFIX + "lease_waits",
-            "Reads that waited for another process's read instead of making one: one read for all, as it should be.",
+            "Reads that waited for the read of another process instead of making one.",
             ("tenant",),
         )
         self.renewals = counter(
             PREFIX + "token_renewals",
-            "Tries to obtain an access token, by what came of them; where they fail, run `external-oms doctor`.",
+            "Attempts to obtain an access token, by result; where they fail, run `external-oms doctor`.",
             ("tenant", "result"),
         )
 
     def begin(self, tenant: str) -> None:
-        """Have what is usual stand at 0, so that its first increase is seen as one."""
+        """Set the usual series to 0, so that `rate` and `increase` see the first event."""
         for reason in _REASONS:
-            for via in (Via.SDK, Via.OFREP):
+            for via in ("sdk", "ofrep"):
                 self.evaluations.labels(tenant, reason, via)
         for result in _DELIVERED:
             self.deliveries.labels(tenant, result)
@@ -138,201 +166,283 @@ class _Counts:
 
 
 @cache
-def _shared() -> _Counts:
-    """The one set of counts of a process that shares them: two would write over each other in its file."""
+def _shared_counts() -> _Counts:
+    """Return the one set of counts of a process that shares them: two would overwrite each other in its file."""
     return _Counts(None)
 
 
 def are_shared() -> bool:
-    """Whether the processes of this server count together."""
-    return bool(os.environ.get(DIRECTORY_VARIABLE)) and values.ValueClass is not values.MutexValue
+    """Return whether the processes of this server count together."""
+    return DIRECTORY_VARIABLE in os.environ
 
 
-@contextmanager
-def shared_counts() -> Iterator[None]:
-    """Have this process and all that it forks count together, in a fresh directory that goes when this process ends.
-
-    For a server that is ours from its beginning: it changes the environment, and where prometheus-client keeps whatever
-    is counted from now on.
-    """
-    owner = os.getpid()
-    directory = tempfile.mkdtemp(prefix="external-oms-metrics-")
-    os.environ[DIRECTORY_VARIABLE] = directory
-    values.ValueClass = values.MultiProcessValue()  # type: ignore[no-untyped-call]  # as at its import, which has passed
-    try:
-        yield
-    finally:
-        if os.getpid() == owner:  # a worker leaves through here too
-            shutil.rmtree(directory, ignore_errors=True)
-
-
-def forget(pid: int) -> None:
-    """Drop what was true of a process that has ended; what it counted stays in the sums."""
-    if are_shared():
-        multiprocess.mark_process_dead(pid)  # type: ignore[no-untyped-call]  # the library has no types here
-
-
-class Meters(Collector):
-    """What is counted of a service, and its state, as prometheus-client collects it.
+class Metrics(Collector):
+    """The metrics of one application.
 
     Args:
-        service: What is looked at.
+        oms: Its state.
 
     Raises:
         SettingsError: The directory of shared counts cannot be written to.
     """
 
-    def __init__(self, service: Service) -> None:
-        self._service = service
-        self._tenants = frozenset(service.cache.tenants)
-        self._monotonic = service.clock.monotonic
-        self._since = service.clock.monotonic()
+    def __init__(self, oms: OMS) -> None:
+        self._oms = oms
+        self._since = oms.clock.monotonic()
         self._applied: dict[str, int] = {}
-        self._evaluations: dict[Evaluated, Counter] = {}
+        self._evaluations: dict[Evaluation, Counter] = {}
         self._registry = None if are_shared() else CollectorRegistry()
-        self.counts = _shared() if self._registry is None else _Counts(self._registry)
+        self.counts = _shared_counts() if self._registry is None else _Counts(self._registry)
         try:
             with _counting:
-                for tenant in service.cache.tenants:
+                for tenant in oms.cache.tenants:
                     self.counts.begin(tenant)
         except OSError as error:
             raise SettingsError(DIRECTORY_VARIABLE, "must name a directory that every worker may write to") from error
         _alive.add(self)
 
-    def listen(self, parts: Parts | None = None) -> None:
-        """Count from now on; where the processes share their counts, once for each service.
-
-        Args:
-            parts: The app whose requests count too.
-        """
-        if parts is not None:
-            parts.evaluated.subscribe(self.evaluated)
-            parts.refused.subscribe(self.refused)
-        service = self._service
+    def subscribe(self) -> None:
+        """Count from now on; where the processes share their counts, once for each provider."""
+        oms, service = self._oms, self._oms.provider.service
+        oms.evaluated.subscribe(self.evaluated)
+        oms.webhook.refused.subscribe(self.refused)
         if are_shared():
-            if service.cache in _heard:
+            if service.cache in _subscribed:
                 return
-            _heard.add(service.cache)
+            _subscribed.add(service.cache)
         service.cache.reads.subscribe(self.read)
         service.cache.changes.subscribe(self.changed)
         service.cache.lease_waits.subscribe(self.waited)
         service.operations.deliveries.subscribe(self.delivered)
         service.renewals.subscribe(self.renewed)
-        if parts is not None:
-            parts.provider.hooks.append(MetricsHook(service.cache, self.evaluated))
+        oms.provider.hooks.append(MetricsHook(oms.cache, self.evaluated))
 
-    # -- counting: each is told by a signal, on whatever thread, and takes some microseconds ------------------------
+    # -- counting: each is called by a signal, on any thread, and takes some microseconds ------------------------------
 
     def read(self, end: ReadEnd) -> None:
-        """A read ended."""
+        """Count a read that ended."""
         tenant, outcome = end.tenant, end.outcome
-        failed = isinstance(outcome, Failure)
+        result = outcome.kind if isinstance(outcome, Failure) else "ok"
         with _counting:
-            self.counts.reads.labels(tenant, outcome.kind if isinstance(outcome, Failure) else "ok").inc()
-            self.counts.read_seconds.labels(tenant, "failed" if failed else "ok").observe(max(0.0, end.latency_seconds))
+            self.counts.reads.labels(tenant, result).inc()
+            self.counts.read_seconds.labels(tenant, "ok" if result == "ok" else "failed").observe(
+                max(0.0, end.latency_seconds)
+            )
 
-    def evaluated(self, one: Evaluated) -> None:
-        """The flag was evaluated."""
-        counter = self._evaluations.get(one)  # the library's own look-up takes as long as the rest of the counting
+    def evaluated(self, event: Evaluation) -> None:
+        """Count an evaluation."""
+        counter = self._evaluations.get(event)  # the library's own lookup takes as long as the rest of the counting
         with _counting:
             if counter is None:
-                counter = self._evaluations[one] = self.counts.evaluations.labels(one.tenant, one.reason, one.via)
+                counter = self._evaluations[event] = self.counts.evaluations.labels(*event)
             counter.inc()
 
     def delivered(self, result: DeliveryResult) -> None:
-        """A genuine delivery was taken."""
+        """Count a genuine delivery."""
         outcome = "duplicate" if result.duplicate else "read" if result.refreshed else "later"
         with _counting:
             self.counts.deliveries.labels(result.tenant, outcome).inc()
 
     def refused(self, kind: str) -> None:
-        """A delivery was refused; whose it was is not believed."""
+        """Count a refused delivery; the tenant that it names is not believed."""
         with _counting:
             self.counts.deliveries.labels("", kind).inc()
 
     def waited(self, tenant: str) -> None:
-        """A read waits for another process's."""
+        """Count a read that waits for another process's."""
         with _counting:
             self.counts.lease_waits.labels(tenant).inc()
 
     def renewed(self, renewal: TokenRenewed) -> None:
-        """A token was obtained, or was not."""
+        """Count an attempt to obtain a token."""
         with _counting:
             self.counts.renewals.labels(renewal.tenant, renewal.error.kind if renewal.error else "ok").inc()
 
     def changed(self, change: Change) -> None:
-        """Something changed; where it is the first value read after an invalidation, it has been applied here."""
+        """Observe the lag, where a change is the first value read after an invalidation."""
         tenant, entry = change.tenant, change.evaluation.entry
         invalidated_at, snapshot = entry.invalidated_at, entry.snapshot
         if snapshot is None or snapshot.generation < entry.generation or invalidated_at is None:
             return
         if invalidated_at < self._since or entry.generation <= self._applied.get(tenant, -1):
-            return  # of before this process looked, or known
+            return  # older than this process, or observed already
         self._applied[tenant] = entry.generation
-        lag_seconds = max(0.0, self._monotonic() - invalidated_at)
+        lag_seconds = max(0.0, self._oms.clock.monotonic() - invalidated_at)
         with _counting:
             self.counts.lag_seconds.labels(tenant).observe(lag_seconds)
             self.counts.last_lag_seconds.labels(tenant, member_name()).set(lag_seconds)
 
     def after_fork(self) -> None:
-        """In a forked child: the last lag is the parent's, who tells it; shared, the child has a file of its own."""
+        """Leave the last lag to the parent, in a forked child; shared, the child has a file of its own."""
         if self._registry is not None:
             self.counts.last_lag_seconds.clear()
 
-    # -- telling ----------------------------------------------------------------------------------------------------
+    # -- scraping ------------------------------------------------------------------------------------------------------
 
     def collect(self) -> Iterable[Metric]:
-        """Every metric, as it stands now, in the order of the names."""
-        counted = [_kept(metric) for metric in self._counted() if metric.name.startswith(PREFIX)]
-        return sorted([*gauges_of(self._service), *counted], key=lambda metric: metric.name)
+        """Return every metric in the order of the names."""
+        counts = [_without_created(metric) for metric in self._counted() if metric.name.startswith(PREFIX)]
+        return sorted([*_gauges(self._oms), *counts], key=lambda metric: metric.name)
 
     def _counted(self) -> Iterable[Metric]:
         if self._registry is not None:
             with _scraping:
                 return list(self._registry.collect())
-        # a process that begins to count makes its file before it fills it, and the library cannot read an empty one
+        # A process makes its file before it fills it, and the library cannot read an empty one.
         files = [str(file) for file in Path(os.environ[DIRECTORY_VARIABLE]).glob("*.db") if file.stat().st_size]
-        summed: Iterable[Metric] = multiprocess.MultiProcessCollector.merge(files, accumulate=True)  # type: ignore[no-untyped-call]  # the library has no types here
-        return summed
+        merged: Iterable[Metric] = multiprocess.MultiProcessCollector.merge(files, accumulate=True)  # type: ignore[no-untyped-call]  # the library has no types here
+        return merged
 
 
-def _kept(metric: Metric) -> Metric:
-    """The metric without the instants at which its series began, which a sum over processes cannot have."""
+def _without_created(metric: Metric) -> Metric:
+    """Return the metric without the instants at which its series began: a sum over processes has none."""
     metric.samples = [sample for sample in metric.samples if not sample.name.endswith("_created")]
     return metric
 
 
-def exposition(meters: Collector, accept: MIMEAccept) -> tuple[bytes, str]:
-    """The metrics as text, and its type: OpenMetrics where the asker would rather have it, else Prometheus' own.
+def init_app(oms: OMS) -> Metrics:
+    """Return the metrics of an application, which count from now on."""
+    found = Metrics(oms)
+    found.subscribe()
+    return found
 
-    The library's own choice fails on a version that is no number, so it is not asked.
+
+class MetricsHook(Hook):
+    """Reports every evaluation of `external_oms_enabled` by clients of OpenFeature.
+
+    Args:
+        cache: Knows the tenants.
+        report: Called for each evaluation; must not block.
     """
-    kinds = [kind.partition(";")[0].strip().lower() for kind, quality in accept if quality > 0]
-    plain = kinds.index("text/plain") if "text/plain" in kinds else len(kinds)
-    if _OPENMETRICS in kinds[:plain]:
-        return openmetrics.generate_latest(meters), openmetrics.CONTENT_TYPE_LATEST  # type: ignore[no-untyped-call]  # the library has no types here
-    return generate_latest(meters), CONTENT_TYPE_PLAIN_0_0_4
+
+    def __init__(self, cache: Cache, report: Callable[[Evaluation], object]) -> None:
+        self._cache = cache
+        self._report = report
+
+    def finally_after(
+        self,
+        hook_context: HookContext,
+        details: FlagEvaluationDetails[FlagValueType],
+        hints: HookHints,  # noqa: ARG002 - the SDK's form
+    ) -> None:
+        """Report how an evaluation ended, an error included."""
+        if hook_context.flag_key == FLAG_KEY:
+            reason = details.reason if details.reason in _KNOWN_REASONS else Reason.UNKNOWN.value
+            self._report(Evaluation(self._tenant(hook_context), str(reason), "sdk"))
+
+    def _tenant(self, hook_context: HookContext) -> str:
+        try:
+            return self._cache.tenant_of(hook_context.evaluation_context.attributes.get("tenant"))
+        except TenantError:
+            return ""
 
 
-def blueprint(parts: Parts) -> Blueprint:
-    """The metrics of one app."""
-    mounted = Blueprint("metrics", __name__)
-    meters = Meters(parts.service)
-    meters.listen(parts)
-
-    def metrics() -> Response:
-        if not parts.settings.metrics_open:
-            demand(Role.VIEWER)
-        parts.service.cache.start()  # a worker that nobody else asks must not tell of a past
-        body, kind = exposition(meters, request.accept_mimetypes)
-        return Response(body, content_type=kind)
-
-    resource(mounted, "/metrics", GET=metrics)
-    return mounted
+# -- gauges ------------------------------------------------------------------------------------------------------------
 
 
-_alive: weakref.WeakSet[Meters] = weakref.WeakSet()
-_heard: weakref.WeakSet[Cache] = weakref.WeakSet()
+def _gauges(oms: OMS) -> Iterator[Metric]:
+    """Return the gauges of the states; nothing here waits or starts a read."""
+    states = [oms.cache.state(tenant) for tenant in oms.cache.tenants]
+    for name, text, value in _OF_STATES:
+        gauge = GaugeMetricFamily(PREFIX + name, text, labels=("tenant",))
+        for state in states:
+            found = value(state)
+            if found is not None:
+                gauge.add_metric((state.tenant,), found)
+        yield gauge
+    yield _freshness(states)
+    yield from _of_members(oms)
+    text = "1 while the store is shared as configured; 0: invalidations reach this process alone, and the log says why."
+    up = GaugeMetricFamily(PREFIX + "store_up", text, labels=("kind",))
+    up.add_metric((oms.store.kind,), float(oms.store.health().ok))
+    yield up
+    yield InfoMetricFamily(PREFIX + "build", "The version of this server.", value={"version": __version__})
+
+
+_OF_STATES: tuple[tuple[str, str, Callable[[State], float | None]], ...] = (
+    (
+        "enabled",
+        "The flag as last read, 1 on, 0 off; absent until a first read has succeeded: check the credentials then.",
+        lambda state: None if state.enabled is None else float(state.enabled),
+    ),
+    (
+        "age_seconds",
+        "Since the read of the value started; where it grows without end, look at external_oms_reads_total.",
+        lambda state: state.age_seconds,
+    ),
+    (
+        "fresh_remaining_seconds",
+        "Until the value stops being fresh; below 0 since it did: the value that is served then is old.",
+        lambda state: state.fresh_seconds,
+    ),
+    (
+        "generation",
+        "Rises with every invalidation; one that does not rise after a delivery means another store is used there.",
+        lambda state: float(state.generation),
+    ),
+    (
+        "consecutive_failures",
+        "Failed reads in a row, 0 while they succeed; GET /api/v1/tenants says why they fail.",
+        lambda state: float(state.failures),
+    ),
+    (
+        "backoff_seconds",
+        "Until a failed read is tried again, 0 where nothing holds it back; nothing to do but mend the API.",
+        lambda state: state.retry_seconds or 0.0,
+    ),
+    (
+        "upstream_change_timestamp_seconds",
+        "When the value was changed upstream, where the API says so; compare it with the change you expect.",
+        lambda state: None if state.updated_at is None else state.updated_at.timestamp(),
+    ),
+)
+"""Of each tenant: the name, the help text and the value."""
+
+_OF_MEMBERS: tuple[tuple[str, str, Callable[[Member], float | None]], ...] = (
+    (
+        "member_generation",
+        "The generation of the value that a process serves; one that stays below the others' has lost the store.",
+        lambda member: float(member.generation),
+    ),
+    (
+        "member_age_seconds",
+        "Since the read of the value that a process serves started.",
+        lambda member: None if member.age_seconds is None else member.age_seconds + member.seen_seconds,
+    ),
+    (
+        "member_report_age_seconds",
+        "Since a process last reported; above 30 it has ended, hangs, or has lost the store.",
+        lambda member: member.seen_seconds,
+    ),
+)
+"""Of each process and tenant: the name, the help text and the value."""
+
+
+def _freshness(states: Sequence[State]) -> Metric:
+    text = "1 for the freshness of the value now, else 0; expired means that callers get when_expired: read the logs."
+    gauge = GaugeMetricFamily(PREFIX + "freshness", text, labels=("tenant", "state"))
+    for state in states:
+        for freshness in Freshness:
+            gauge.add_metric((state.tenant, freshness.value), float(state.freshness is freshness))
+    return gauge
+
+
+def _of_members(oms: OMS) -> Iterator[Metric]:
+    known = frozenset(oms.cache.tenants)
+    members = [member for member in oms.store.members() if member.tenant in known]
+    for name, text, value in _OF_MEMBERS:
+        gauge = GaugeMetricFamily(PREFIX + name, text, labels=("tenant", "member"))
+        for member in members:
+            found = value(member)
+            if found is not None:
+                gauge.add_metric((member.tenant, member.name), found)
+        yield gauge
+
+
+# -- forks -------------------------------------------------------------------------------------------------------------
+
+_alive: weakref.WeakSet[Metrics] = weakref.WeakSet()
+_subscribed: weakref.WeakSet[Cache] = weakref.WeakSet()
 
 
 def _before_fork() -> None:
@@ -346,8 +456,8 @@ def _after_fork() -> None:
 
 
 def _after_fork_in_child() -> None:
-    for meters in tuple(_alive):
-        meters.after_fork()
+    for metrics in tuple(_alive):
+        metrics.after_fork()
     _after_fork()
 
 

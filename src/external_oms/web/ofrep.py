@@ -1,293 +1,258 @@
-"""OFREP 0.3.0 over the provider: one flag, all flags, and when to ask again; the last error has the protocol's shape.
+"""OFREP 0.3.0: evaluate one flag or all flags, and stream when to evaluate again.
 
-What is asked on every order, one fresh flag, is answered with bytes made once. Source: OpenFeature Remote Evaluation
-Protocol, OpenAPI 0.3.0 and ADR-0002 to ADR-0008.
+The answer for a fresh value is made once and sent until the provider gives other details. Source: OpenFeature Remote
+Evaluation Protocol, OpenAPI 0.3.0 and ADR-0002 to ADR-0008; WHATWG Fetch, "CORS protocol".
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import re
-import threading
-from collections.abc import Callable
+from collections.abc import Iterable, Sequence
 from http import HTTPStatus
 from typing import NamedTuple
+from urllib.parse import urlencode
+from weakref import WeakKeyDictionary
 
-from flask import Blueprint, Response, request
+from flask import Blueprint, Response, g, request
 from openfeature.evaluation_context import EvaluationContext
 from openfeature.exception import (
     ErrorCode,
     FlagNotFoundError,
     GeneralError,
     InvalidContextError,
+    OpenFeatureError,
     ProviderNotReadyError,
 )
 from openfeature.flag_evaluation import FlagResolutionDetails, Reason
-from werkzeug.routing import BaseConverter
+from werkzeug.exceptions import HTTPException, NotFound
 
+from external_oms.cache import ChangeKind
 from external_oms.config import FLAG_KEY
-from external_oms.errors import TenantError
-from external_oms.web.access import Identity, Role, demand
-from external_oms.web.bodies import demand_json_type, json_object, raw_body
-from external_oms.web.events import Tickets, instant_of, refetch_stream, stream_address
-from external_oms.web.hooks import Evaluated, Via
-from external_oms.web.ofrep_shapes import (
+from external_oms.errors import ExternalOMSError, SettingsError, TenantError
+from external_oms.policy import Freshness
+from external_oms.problems import JSON, Problem, check_json_type, json_object
+from external_oms.web.access import require_role, stream_token
+from external_oms.web.errors import Error, read_body, to_problem
+from external_oms.web.keys import Role
+from external_oms.web.ofrep_schemas import (
     Configuration,
-    Flag,
     compact,
     configuration_of,
-    evaluated,
-    failed,
-    flag_of,
-    reason_of,
-    unserved,
+    failed_flag,
+    succeeded_flag,
+    tag_of,
+    unserved_flag,
 )
-from external_oms.web.origins import allow_origins
-from external_oms.web.parts import Parts
-from external_oms.web.problems import Problem, problem_of
-from external_oms.web.shapes import JSON
+from external_oms.web.sse import Message, stream_response
+from external_oms.web.state import OMS, Evaluation, get_oms
 
-__all__ = ["EVENTS_PATH", "Refusal", "blueprint"]
+__all__ = ["PREFIX", "bp", "check_origins", "error_response"]
 
-EVENTS_PATH = "/ofrep/v1/events"
+PREFIX = "/ofrep/"
+"""The paths that answer in the protocol's shapes, errors included."""
 
 BODY_BYTES = 65_536
-"""The largest body: a context holds some attributes of a caller, not documents."""
+"""The largest body, in bytes: a context has some attributes of a caller, not documents."""
 
-CATCH_UP_SECONDS = 1.0
-"""How long a request that knows of a newer configuration waits for it to reach this process: in a fleet, news travels
-in milliseconds; where it was lost on its way, the listener's next event or poll finds it."""
+PREFLIGHT_SECONDS = 600
+"""How long a browser remembers a preflight, in seconds: an origin that was removed is out ten minutes later."""
 
 _JSON = "application/json"
-_PATHS = {"v1/evaluate/flags": "POST", "v1/events": "GET, HEAD"}
-_FLAG = "v1/evaluate/flags/"
-_PREFIX = re.compile(r"(/[A-Za-z0-9._~-]+){1,8}")
+_FLAGS = "/ofrep/v1/evaluate/flags/"
+_ORIGIN = re.compile(r"https?://(\[[0-9a-f:.]+\]|[a-z0-9.-]+)(:[0-9]{1,5})?")
+_ALLOWED_HEADERS = "Authorization, Cache-Control, Content-Type, If-None-Match, Last-Event-ID, X-API-Key"
+
+bp = Blueprint("ofrep", __name__)
 
 
-class Refusal(Problem):
-    """An answer that says what is wrong, with the protocol's own code."""
-
-    def __init__(self, status: int, code: ErrorCode, detail: str) -> None:
-        super().__init__(status, detail)
-        self.error_code = code
-
-
-class _Anything(BaseConverter):
-    """The rest of a path, whatever it is: keys may hold slashes, several in a row, and line breaks."""
-
-    part_isolating = False
-    regex = "(?s:.*)"
-    weight = 1000
-
-
-def blueprint(parts: Parts) -> Blueprint:
-    """OFREP on one app."""
-    mounted = Blueprint("ofrep", __name__, url_prefix="/ofrep")
-    mounted.record_once(lambda state: state.app.url_map.converters.update(external_oms_anything=_Anything))
-    mounted.register_error_handler(Exception, _refused)
-    allow_origins(mounted, parts.settings.ofrep_origins)
-    tickets = Tickets(parts.settings, parts.access.keyring, parts.service.clock.wall)
-    parts.access.recognise_by(tickets.identity)
-    evaluation, bulk = _Evaluation(parts), _Bulk(parts, tickets)
-
-    def everything() -> Response:
-        return bulk.answer(_admitted(parts))
-
-    def events() -> Response:
-        return bulk.stream(demand(Role.VIEWER))
-
-    def one(key: str) -> Response:
-        _admitted(parts)
-        return evaluation.answer(key)
-
-    def elsewhere(rest: str) -> Response:
-        allowed = "POST" if rest.startswith(_FLAG) else _PATHS.get(rest)
-        if allowed is None:
-            raise Refusal(HTTPStatus.NOT_FOUND, ErrorCode.GENERAL, "OFREP has no such resource; is the base URL right?")
-        headers = {"Allow": f"{allowed}, OPTIONS"}
-        if request.method == "OPTIONS":
-            return Response(status=HTTPStatus.NO_CONTENT, headers=headers)
-        raise Problem(HTTPStatus.METHOD_NOT_ALLOWED, f"this resource answers {allowed}", headers=headers)
-
-    def add(rule: str, view: Callable[..., Response], *methods: str) -> None:
-        mounted.add_url_rule(
-            rule, view_func=view, methods=methods, provide_automatic_options=False, merge_slashes=False
-        )
-
-    add("/v1/evaluate/flags", everything, "POST")
-    add("/v1/events", events, "GET")
-    add(f"/{_FLAG}<external_oms_anything:key>", one, "POST")
-    add("/<external_oms_anything:rest>", elsewhere, "GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE")
-    return mounted
-
-
-def _admitted(parts: Parts) -> Identity:
-    """Who asks, having asked not too often.
-
-    Raises:
-        Problem: 401, 403 or 429.
-    """
-    who = demand(Role.VIEWER)
-    parts.limits.take_here("evaluate", who.name, per_minute=parts.settings.evaluations_per_minute)
-    return who
-
-
-def _context() -> dict[str, JSON]:
-    """The context of this request; one that is left out is empty, as some clients do.
-
-    Raises:
-        Problem: 413, 415, or 400: no JSON object, or a context that is none.
-    """
-    body = raw_body(request, max_bytes=BODY_BYTES)
-    demand_json_type(request)
-    context = json_object(body).get("context", {})
-    if not isinstance(context, dict):
-        raise Refusal(400, ErrorCode.INVALID_CONTEXT, "`context` must be a JSON object")
-    if not isinstance(context.get("targetingKey", ""), str):
-        raise Refusal(400, ErrorCode.INVALID_CONTEXT, "`context.targetingKey` must be text")
-    return context
-
-
-class _Evaluation:
-    """One flag at a time."""
-
-    def __init__(self, parts: Parts) -> None:
-        self._provider = parts.provider
-        self._cache = parts.service.cache
-        self._evaluated = parts.evaluated
-        self._made: dict[object, _Made] = {}
-
-    def answer(self, key: str) -> Response:
-        context = _context()
-        tenant = context.get("tenant")
-        asked = EvaluationContext(attributes={"tenant": tenant}) if tenant is not None else None  # type: ignore[dict-item]  # any JSON; the provider refuses what is no tenant's name
-        try:
-            details = self._provider.resolve_boolean_details(key, False, asked)
-        except GeneralError:
-            name = self._cache.tenant_of(tenant)
-            self._evaluated.send(Evaluated(name, Reason.ERROR.value, Via.OFREP))
-            return Response(compact(unserved(self._cache.peek(name))), content_type=_JSON)
-        made = self._made.get(tenant)
-        if made is None or made.details is not details:
-            told = Evaluated(str(details.flag_metadata["tenant"]), str(details.reason), Via.OFREP)
-            # resolved, so the tenant is a configured one: there are no more of them than of those
-            made = self._made[tenant] = _Made(details, compact(evaluated(details)), told)
-        self._evaluated.send(made.told)
-        return Response(made.body, content_type=_JSON)
-
-
-class _Made(NamedTuple):
-    """What is answered, and told, as long as the provider gives these very details."""
+class _Answer(NamedTuple):
+    """The answer for some details, and its event for the metrics."""
 
     details: FlagResolutionDetails[bool]
     body: bytes
-    told: Evaluated
+    event: Evaluation
 
 
-class _Bulk:
-    """All flags, which is one, and the stream of events that says when to ask for them again."""
-
-    def __init__(self, parts: Parts, tickets: Tickets) -> None:
-        self._parts = parts
-        self._cache = parts.service.cache
-        self._tickets = tickets
-
-    def answer(self, who: Identity) -> Response:
-        tenant = _context().get("tenant")
-        try:
-            name = self._cache.tenant_of(tenant)
-        except TenantError as error:
-            flags = (failed(ErrorCode.INVALID_CONTEXT, str(error), key=FLAG_KEY),)
-            return self._shaped(configuration_of(flags), {}, etag=f'"{configuration_of(flags).tag}"')
-        now = self._caught_up(name)
-        self._parts.evaluated.send(Evaluated(name, reason_of(now.flags[0]).value, Via.OFREP))
-        ticket = self._tickets.ticket(who)
-        address = stream_address(self._stream_path(), tenant=name, since=now.tag, ticket=ticket)
-        streams: JSON = [{"type": "sse", "endpoint": {"requestUri": address}}]
-        return self._shaped(now, {"eventStreams": streams}, etag=self._etag(now, ticket))
-
-    @staticmethod
-    def _shaped(now: Configuration, more: Flag, *, etag: str) -> Response:
-        if request.if_none_match.contains_weak(etag.strip('"')):
-            return Response(status=HTTPStatus.NOT_MODIFIED, headers={"ETag": etag})
-        shape: Flag = {"flags": list(now.flags), **more}
-        return Response(compact(shape), content_type=_JSON, headers={"ETag": etag})
-
-    def stream(self, who: Identity) -> Response:
-        try:
-            tenant = self._cache.tenant_of(request.args.get("tenant"))
-        except TenantError as error:
-            raise Refusal(400, ErrorCode.INVALID_CONTEXT, str(error)) from error
-        ticket = self._tickets.ticket(who)
-        return refetch_stream(
-            self._parts.hub,
-            self._cache,
-            self._parts.settings,
-            tenant=tenant,
-            known=request.headers.get("Last-Event-ID") or request.args.get("since"),
-            etag_of=lambda now: self._etag(now, ticket),
-        )
-
-    def _stream_path(self) -> str:
-        """The stream's path as the client sees it; a proxy that takes a prefix off says so in X-Forwarded-Prefix.
-
-        Anybody may send that header: it forms a path in an answer to who sent it, on the host that was asked.
-        """
-        before = request.headers.get("X-Forwarded-Prefix", "").rstrip("/")
-        outside = before if _PREFIX.fullmatch(before) else ""
-        return f"{outside}{request.root_path.rstrip('/')}{self._parts.url_prefix}{EVENTS_PATH}"
-
-    @staticmethod
-    def _etag(now: Configuration, ticket: str | None) -> str:
-        """A strong validator: other flags or another ticket, another tag; so nobody keeps a ticket that has ended."""
-        seal = "" if ticket is None else "." + hashlib.sha256(ticket.encode()).hexdigest()[:8]
-        return f'"{now.tag}{seal}"'
-
-    def _configuration(self, tenant: str) -> Configuration:
-        evaluation = self._cache.lookup(tenant)
-        return configuration_of((flag_of(evaluation, self._parts.settings.when_expired),), evaluation)
-
-    def _caught_up(self, tenant: str) -> Configuration:
-        """What the flags say; where the request knows of something newer, after waiting a moment for it."""
-        now = self._configuration(tenant)
-        wanted = request.args.get("flagConfigEtag", "").removeprefix("W/").strip('"').partition(".")[0]
-        since = instant_of(request.args.get("flagConfigLastModified"))
-        if not wanted or since is None or wanted == now.tag or now.read_at > since:
-            return now
-        clock = self._parts.service.clock
-        until = clock.monotonic() + CATCH_UP_SECONDS
-        news = threading.Event()
-        forget = self._cache.changes.subscribe(lambda _: news.set())
-        try:
-            while now.tag != wanted and now.read_at <= since and news.wait(max(0.0, until - clock.monotonic())):
-                news.clear()
-                now = self._configuration(tenant)
-        finally:
-            forget()
-        return now
+_answers: WeakKeyDictionary[OMS, dict[object, _Answer]] = WeakKeyDictionary()
+"""Per application and tenant, the answer for the details that the provider gave last."""
 
 
-def _refused(error: Exception) -> Response:
-    """Any error of these routes in the protocol's shape."""
-    known = _known(error)
-    problem = problem_of(known)
-    code = known.error_code if isinstance(known, Refusal) else ErrorCode.GENERAL
-    if problem.status == HTTPStatus.BAD_REQUEST and not isinstance(known, Refusal):
-        code = ErrorCode.PARSE_ERROR
-    given = request.view_args or {}
-    rest = str(given.get("rest", ""))
-    key = given.get("key", rest.removeprefix(_FLAG) if rest.startswith(_FLAG) else None)
-    headers = {name: value for name, value in problem.answer.headers if name not in {"Content-Type", "Content-Length"}}
-    return Response(compact(failed(code, problem.detail, key=key)), problem.status, headers, content_type=_JSON)
+@bp.post("/ofrep/v1/evaluate/flags/<path:key>")
+@require_role(Role.VIEWER)
+def evaluate(key: str) -> Response:
+    """Evaluate one flag."""
+    oms = get_oms()
+    tenant = _context().get("tenant")
+    context = EvaluationContext(attributes={"tenant": tenant}) if tenant is not None else None  # type: ignore[dict-item]  # any JSON; the provider refuses what is no tenant's name
+    try:
+        details = oms.provider.resolve_boolean_details(key, False, context)
+    except GeneralError:
+        name = oms.cache.tenant_of(tenant)
+        oms.evaluated.send(Evaluation(name, Reason.ERROR.value, "ofrep"))
+        return Response(compact(unserved_flag(oms.cache.peek(name))), content_type=_JSON)
+    answers = _answers.get(oms)
+    if answers is None:
+        answers = _answers[oms] = {}
+    answer = answers.get(tenant)
+    if answer is None or answer.details is not details:
+        event = Evaluation(str(details.flag_metadata["tenant"]), str(details.reason), "ofrep")
+        # The tenant was resolved, so it is configured; there are no more answers than tenants.
+        answer = answers[tenant] = _Answer(details, compact(succeeded_flag(details)), event)
+    oms.evaluated.send(answer.event)
+    return Response(answer.body, content_type=_JSON)
 
 
-def _known(error: Exception) -> Exception:
-    match error:
-        case FlagNotFoundError():
-            return Refusal(404, ErrorCode.FLAG_NOT_FOUND, f"this server evaluates {FLAG_KEY} only")
-        case InvalidContextError() | TenantError():
-            detail = error.error_message if isinstance(error, InvalidContextError) else str(error)
-            return Refusal(400, ErrorCode.INVALID_CONTEXT, detail or "the context is not valid")
-        case ProviderNotReadyError():
-            return Problem(503, "this process is shutting down; ask again", headers={"Retry-After": "1"})
-    return error
+@bp.post("/ofrep/v1/evaluate/flags")
+@require_role(Role.VIEWER)
+def evaluate_all() -> Response:
+    """Evaluate all flags, which is one, and name the event stream."""
+    oms = get_oms()
+    try:
+        name = oms.cache.tenant_of(_context().get("tenant"))
+    except TenantError as error:
+        flag = failed_flag(ErrorCode.INVALID_CONTEXT, str(error), key=FLAG_KEY)
+        return _bulk({"flags": [flag]}, etag=f'"{tag_of(flag)}"')
+    now = configuration_of(oms.cache.lookup(name), oms.settings.when_expired)
+    oms.evaluated.send(Evaluation(name, now.reason.value, "ofrep"))
+    token = stream_token(g.identity)
+    query = {"tenant": name, "since": now.tag} | ({} if token is None else {"token": token})
+    address = f"{request.script_root}/ofrep/v1/events?{urlencode(query)}"
+    streams: list[JSON] = [{"type": "sse", "endpoint": {"requestUri": address}}]
+    return _bulk({"flags": [now.flag], "eventStreams": streams}, etag=_etag(now, token))
+
+
+@bp.get("/ofrep/v1/events")
+@require_role(Role.VIEWER)
+def events() -> Response:
+    """Stream an event whenever the flags change; it says to evaluate again, not what the value is.
+
+    The id of an event is the digest of the flags, the same in every process: a client that connects again, to any
+    worker, sends the last id and learns whether it missed something.
+    """
+    oms = get_oms()
+    try:
+        tenant = oms.cache.tenant_of(request.args.get("tenant"))
+    except TenantError as error:
+        raise InvalidContextError(str(error)) from error
+    token = stream_token(g.identity)
+    known = request.headers.get("Last-Event-ID") or request.args.get("since")
+
+    def news() -> Iterable[Message]:
+        nonlocal known
+        evaluation = oms.cache.peek(tenant)
+        if evaluation.entry.failure is None and evaluation.freshness is not Freshness.FRESH:
+            return  # a read is under way and brings news of its own: a delivery that changes nothing is no event
+        now = configuration_of(evaluation, oms.settings.when_expired)
+        if known is None:
+            yield Message("", "", id=now.tag)
+        elif now.tag != known:
+            event = {"type": "refetchEvaluation", "etag": _etag(now, token), "lastModified": now.read_at}
+            yield Message("message", json.dumps(event), id=now.tag)
+        known = now.tag
+
+    def render(name: str, _: ChangeKind) -> Iterable[Message]:
+        return news() if name == tenant else ()
+
+    return stream_response(oms.broker, render, first=news, owner=g.identity.name)
+
+
+def _context() -> dict[str, JSON]:
+    """Return the context of this request; some clients leave an empty one out.
+
+    Raises:
+        Problem: 413, 415, or 400: no JSON object.
+        InvalidContextError: The context is none.
+    """
+    body = read_body(BODY_BYTES)
+    check_json_type(request.content_type or "")
+    context = json_object(body).get("context", {})
+    if not isinstance(context, dict):
+        raise InvalidContextError("`context` must be a JSON object")
+    if not isinstance(context.get("targetingKey", ""), str):
+        raise InvalidContextError("`context.targetingKey` must be text")
+    return context
+
+
+def _bulk(shape: dict[str, JSON], *, etag: str) -> Response:
+    if request.if_none_match.contains_weak(etag.strip('"')):
+        return Response(status=HTTPStatus.NOT_MODIFIED, headers={"ETag": etag})
+    return Response(compact(shape), content_type=_JSON, headers={"ETag": etag})
+
+
+def _etag(now: Configuration, token: str | None) -> str:
+    """Return a strong validator: another token is another answer, so no client keeps a token that has ended."""
+    seal = "" if token is None else "." + hashlib.sha256(token.encode()).hexdigest()[:8]
+    return f'"{now.tag}{seal}"'
+
+
+# -- errors ------------------------------------------------------------------------------------------------------------
+
+
+@bp.errorhandler(HTTPException)
+@bp.errorhandler(ExternalOMSError)
+@bp.errorhandler(Problem)
+@bp.errorhandler(OpenFeatureError)
+def error_response(error: Error | OpenFeatureError) -> Response:
+    """Return an error in the protocol's shape."""
+    code, problem = _problem(error)
+    key = request.path.removeprefix(_FLAGS) if request.path.startswith(_FLAGS) else None
+    body = compact(failed_flag(code, problem.detail, key=key))
+    return Response(body, problem.status, problem.headers, content_type=_JSON)
+
+
+def _problem(error: Error | OpenFeatureError) -> tuple[ErrorCode, Problem]:
+    is_unrouted_key = isinstance(error, NotFound) and request.method == "POST" and request.path.startswith(_FLAGS)
+    if isinstance(error, FlagNotFoundError) or is_unrouted_key:
+        return ErrorCode.FLAG_NOT_FOUND, Problem(404, f"this server evaluates {FLAG_KEY} only")
+    if isinstance(error, InvalidContextError | TenantError):
+        detail = error.error_message if isinstance(error, InvalidContextError) else str(error)
+        return ErrorCode.INVALID_CONTEXT, Problem(400, detail or "the context is not valid")
+    if isinstance(error, ProviderNotReadyError):
+        return ErrorCode.GENERAL, Problem(503, "this process is shutting down", headers={"Retry-After": "1"})
+    if isinstance(error, OpenFeatureError):
+        return ErrorCode.GENERAL, Problem(500, "internal server error", kind="unforeseen")
+    problem = to_problem(error)
+    is_malformed = problem.status == HTTPStatus.BAD_REQUEST
+    return ErrorCode.PARSE_ERROR if is_malformed else ErrorCode.GENERAL, problem
+
+
+# -- pages of other origins --------------------------------------------------------------------------------------------
+
+
+def check_origins(origins: Sequence[str]) -> None:
+    """Refuse an entry that is not an origin as a browser sends it: in small letters, with nothing after the host.
+
+    Raises:
+        SettingsError: One is not.
+    """
+    for origin in origins:
+        if origin != "*" and not _ORIGIN.fullmatch(origin):
+            advice = f"{origin[:80]!r} is not an origin, such as https://shop.example, with nothing after it"
+            raise SettingsError("ofrep_origins", advice)
+
+
+@bp.after_app_request
+def allow_origins(response: Response) -> Response:
+    """Let pages of the configured origins read the answers of OFREP, errors included.
+
+    `Access-Control-Allow-Credentials` is never sent: keys travel in headers that a page sets itself, never in cookies.
+    """
+    if not request.path.startswith(PREFIX):
+        return response
+    origins = get_oms().settings.ofrep_origins
+    if not origins:
+        return response
+    if "*" not in origins:
+        response.vary.add("Origin")
+    origin = request.headers.get("Origin", "")
+    if not origin or ("*" not in origins and origin not in origins):
+        return response
+    response.headers["Access-Control-Allow-Origin"] = "*" if "*" in origins else origin
+    response.headers["Access-Control-Expose-Headers"] = "ETag, Retry-After"
+    if request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers:
+        response.headers["Access-Control-Allow-Methods"] = "GET, POST"
+        response.headers["Access-Control-Allow-Headers"] = _ALLOWED_HEADERS
+        response.headers["Access-Control-Max-Age"] = str(PREFLIGHT_SECONDS)
+    return response

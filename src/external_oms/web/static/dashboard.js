@@ -160,7 +160,6 @@ async function fetchParts() {
   if (document.hidden) return;
   const address = new URL(location.href);
   address.searchParams.set("parts", "1");
-  address.searchParams.delete("note");
   try {
     const answer = await fetch(address, { redirect: "manual" });
     if (answer.type === "opaqueredirect") return ended();
@@ -234,9 +233,9 @@ document.addEventListener("visibilitychange", () => {
   stream = null;
 });
 
-if (body.dataset.ends) {
-  const left = Number(body.dataset.ends) * 1000 - Date.now();
-  if (left < 2 ** 31) setTimeout(ended, Math.max(0, left));
+if (body.dataset.secondsLeft) {
+  const left = Number(body.dataset.secondsLeft) * 1000;
+  if (left < 2 ** 31) setTimeout(ended, left);
 }
 
 // -- the filter -----------------------------------------------------------------------------------------------------
@@ -270,12 +269,6 @@ if (filter && boxes.size) {
     history.replaceState(null, "", address);
   });
   sift();
-}
-
-if (new URL(location.href).searchParams.has("note")) {
-  const address = new URL(location.href);
-  address.searchParams.delete("note"); // told once
-  history.replaceState(null, "", address);
 }
 
 document.getElementById("still").hidden = true;
