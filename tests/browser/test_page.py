@@ -83,7 +83,7 @@ def test_the_summary_and_the_rows_never_contradict_each_other(visit: Visits, ser
         flip(server, number % 2 == 0, f"agree_{number}")
         for _ in range(8):
             summary, rows = one.page.evaluate(look)
-            agree = "all 2 processes follow" in summary
+            agree = "all 2 processes agree" in summary
             assert agree == (rows == "current current"), (summary, rows)
             seen.add(agree)
             one.page.wait_for_timeout(100)

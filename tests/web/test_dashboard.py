@@ -624,10 +624,10 @@ def test_processes_that_have_not_followed_yet_are_counted_as_such(
     open_browser(server.client, "viewer")
     said = text_of(server.client.get("/"))
     assert f"{TENANT} is ON, and 1 of 2 processes follow so far." in said
-    assert "Processes 1 of 2 processes follows" in said
+    assert "Processes 1 of 2 processes follow so far" in said
     server.oms.store.report([Member("web-2:8", TENANT, 1, True, "fresh", 1.0)])
     server.oms.fleet._kept.clear()
-    assert f"{TENANT} is ON, and all 2 processes follow." in text_of(server.client.get("/"))
+    assert f"{TENANT} is ON, and all 2 processes agree." in text_of(server.client.get("/"))
 
 
 def test_a_process_that_has_ended_serves_nothing_and_is_not_counted(
@@ -643,7 +643,7 @@ def test_a_process_that_has_ended_serves_nothing_and_is_not_counted(
     server.oms.store.report([mine])
     open_browser(server.client, "viewer")
     said = text_of(server.client.get("/"))
-    assert f"the one process follows. Ended: {socket.gethostname()}:{ended.pid}." in said
+    assert f"{TENANT} is ON. Ended: {socket.gethostname()}:{ended.pid}." in said
     assert f":{ended.pid} — 0 ended 13 s ago" in said
 
 

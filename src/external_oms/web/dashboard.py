@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from http import HTTPStatus
 from itertools import chain
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 from urllib.parse import urlencode
 
 from flask import Blueprint, Response, current_app, flash, redirect, render_template, request, url_for
@@ -54,6 +54,7 @@ ACTIVITY_ROWS = 30
 EXPORT_ROWS = 100_000
 """The most rows of an export."""
 
+_VALUES = {"on": "ON", "off": "OFF", "none": "no value"}
 _SHOWN_LATENCIES = (0.05, 0.1, 0.25, 0.5, 1.0, 5.0)
 _FIRST_ROW = 10**18
 
@@ -77,7 +78,6 @@ for _filter in (
     context.format_generation,
     context.format_latency,
     context.format_time,
-    context.source_word,
     context.value_word,
 ):
     bp.add_app_template_filter(_filter)
@@ -153,7 +153,7 @@ def _tenant_page(name: str, *, alone: bool) -> Response:
         "tenant.html",
         view=view,
         days={name: day},
-        counts=_counts(name),
+        **_counts(name),
         alone=alone,
         only=name,
         summary=context.summarize([view], context.processes_of(members), oms.store.health()),
@@ -164,12 +164,12 @@ def _tenant_page(name: str, *, alone: bool) -> Response:
 def _view(name: str, members: Sequence[context.MemberView], day: Day | None) -> context.TenantView:
     oms = get_oms()
     snapshot = oms.cache.peek(name).entry.snapshot
-    return context.tenant_view(
+    return context.TenantView(
         oms.cache.state(name),
         oms.settings,
-        host=oms.hosts[name],
-        last_read=oms.fleet.last_read(name),
         members=members,
+        host=oms.hosts[name],
+        read_end=oms.fleet.last_read(name),
         delivery=None if day is None else day.delivery,
         value_generation=None if snapshot is None else snapshot.generation,
     )
@@ -204,16 +204,8 @@ def _common() -> dict[str, Any]:
 # -- charts ---------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Day:
-    """The last 24 hours of a tenant.
-
-    Attributes:
-        segments: What evaluations got.
-        svg: The timeline.
-        totals: How many seconds each kind lasted.
-        delivery: The last delivery of the day.
-    """
+class Day(NamedTuple):
+    """The last 24 hours of a tenant, as segments, picture and totals, and the last delivery."""
 
     segments: Sequence[charts.Segment]
     svg: Markup
@@ -238,47 +230,17 @@ def _day(state: State) -> Day:
     return Day(segments, svg, charts.totals(segments), day.delivery)
 
 
-@dataclass(frozen=True, slots=True)
-class Chart:
-    """A bar chart on the page of a tenant.
-
-    Attributes:
-        name: Its id.
-        title: Its heading.
-        svg: The picture.
-        covers: Which processes and which time it covers.
-    """
-
-    name: str
-    title: str
-    svg: Markup
-    covers: str
-
-
-def _counts(tenant: str) -> list[Chart]:
-    """Return the charts of what is counted for a tenant: read latencies, and evaluations by value."""
+def _counts(tenant: str) -> dict[str, Any]:
+    """Return the charts of what is counted for a tenant, and which processes they cover."""
     metrics = current_app.extensions["external_oms_metrics"]
     counts = metrics.counts_of(tenant)
-    evaluations = counts.evaluations
-    where = "All processes of this server" if metrics.is_shared else "This process"
-    bars = [charts.Bar(word, evaluations[kind], kind) for kind, word in (("on", "ON"), ("off", "OFF"))]
-    bars.append(charts.Bar("no value", evaluations["none"], "none"))
     reads = charts.latency_bars(counts.latencies, counts.failed_reads, shown=_SHOWN_LATENCIES)
-    return [
-        Chart(
-            "latencies",
-            "Read latency",
-            charts.bar_chart(reads, name="latencies-chart", title="Reads of the config API by latency"),
-            f"{where}, since the start.",
-        ),
-        Chart(
-            "evaluations",
-            "Evaluations",
-            charts.bar_chart(bars, name="evaluations-chart", title="Evaluations by value"),
-            f"{where}, since the start: OFREP clients, and this server's own OpenFeature clients. "
-            "Providers in other applications are not counted.",
-        ),
-    ]
+    values = [charts.Bar(word, counts.evaluations[kind], kind) for kind, word in _VALUES.items()]
+    return {
+        "latencies": charts.bar_chart(reads, name="latencies-chart", title="Reads of the config API by latency"),
+        "evaluations": charts.bar_chart(values, name="evaluations-chart", title="Evaluations by value"),
+        "covered": "All processes of this server" if metrics.is_shared else "This process",
+    }
 
 
 # -- history --------------------------------------------------------------------------------------------------------
@@ -401,12 +363,14 @@ def switch(tenant: str) -> WerkzeugResponse:
 
 
 def _ask(tenant: str, *, to: bool | None, reason: str = "", problem: str = "") -> WerkzeugResponse:
-    view = _view(tenant, current_oms.fleet.members(tenant), _day(current_oms.cache.state(tenant)))
+    view = _view(tenant, [], None)
+    if to is None and view.state.enabled is not None:
+        to = not view.state.enabled
     return _page(
         "switch.html",
         status=400 if problem else 200,
         view=view,
-        to=view.opposite if to is None else to,
+        to=to,
         reason=reason,
         problem=problem,
         longest=REASON_LENGTH,
@@ -439,7 +403,7 @@ def _objection(reason: str, *, seen: str | None, state: State) -> str:
 def _written(after: State, to: bool) -> Message:
     wanted, tenant = context.value_word(to), after.tenant
     if after.last_error:
-        served = context.tenant_view(after, current_oms.settings).word
+        served = context.TenantView(after, current_oms.settings).word
         return "warn", (
             f"The config API took {wanted} for {tenant}, and reading it back fails: {after.last_error}. "
             f"{served} is served until a read succeeds."

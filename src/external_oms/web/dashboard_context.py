@@ -43,14 +43,9 @@ __all__ = [
     "has_ended",
     "is_unasked",
     "processes_of",
-    "source_word",
     "summarize",
-    "tenant_view",
     "value_word",
 ]
-
-Flag = Literal["on", "off", "none"]
-"""What evaluations get: a value, or none, so that each caller's own default holds."""
 
 Severity = Literal["good", "warn", "bad"]
 
@@ -144,162 +139,117 @@ class TenantView:
 
     Attributes:
         state: Its state.
-        flag: What evaluations get.
-        meaning: What that means for the orders, in a sentence.
-        status: How fresh the value is, in words.
-        countdown: The seconds that `status` ends with, and whether they fall (-1) or rise (1); None without one.
-        severity: Whether somebody must act.
-        life_seconds: The whole freshness lifetime of the value, for the bar; 0 without one.
-        last_read: How the last read went, in words.
-        delivery: The last delivery of the day.
-        host: The host of the tenant's config API.
+        settings: The settings.
         members: The processes that serve it.
-        value_generation: The generation of the value; lower than that of the tenant while no read has followed an
-            invalidation; None without a value.
+        host: The host of its config API.
+        read_end: Its last read, where this process made it.
+        delivery: The last delivery of the day.
+        value_generation: The generation of its value: lower than that of the tenant while no read has followed an
+            invalidation.
     """
 
     state: State
-    flag: Flag
-    meaning: str
-    status: str
-    countdown: tuple[float, int] | None
-    severity: Severity
-    life_seconds: float
-    last_read: str
-    delivery: Event | None
-    host: str
-    members: Sequence[MemberView]
-    value_generation: int | None
+    settings: Settings
+    members: Sequence[MemberView] = ()
+    host: str = ""
+    read_end: ReadEnd | None = None
+    delivery: Event | None = None
+    value_generation: int | None = None
+
+    @property
+    def flag(self) -> Literal["on", "off", "none"]:
+        """What evaluations get; `none` where each caller's own default holds."""
+        policy = self.settings.when_expired
+        if self._is_expired and policy in {"on", "off"}:
+            return "on" if policy == "on" else "off"
+        if self.state.enabled is None or (self._is_expired and policy == "default"):
+            return "none"
+        return "on" if self.state.enabled else "off"
 
     @property
     def word(self) -> str:
-        """What evaluations get, in words."""
+        """The same in words."""
         return "NO VALUE" if self.flag == "none" else self.flag.upper()
 
     @property
-    def opposite(self) -> bool | None:
-        """The value that a switch would write; None where the present value is not known."""
-        return None if self.state.enabled is None else not self.state.enabled
+    def meaning(self) -> str:
+        """What that means for the orders."""
+        owner = {
+            "on": "The external OMS owns the orders",
+            "off": "The tenant's own order management owns the orders",
+            "none": "Each caller's own default decides",
+        }[self.flag]
+        if self._is_expired:
+            enabled = self.state.enabled
+            last = "No value was ever read" if enabled is None else f"The last known value was {value_word(enabled)}"
+            return f"{owner}, by when_expired = {self.settings.when_expired}. {last}."
+        if self.state.freshness is Freshness.EXPIRED:
+            return f"{owner}, as far as is known. Nobody has asked for a while; the next evaluation reads it first."
+        return f"{owner}."
 
     @property
-    def agreement(self) -> str:
-        """How many processes follow, in words; empty without a report."""
-        return agreement(self.members)
+    def severity(self) -> Severity:
+        """Whether somebody must act."""
+        if self._is_expired:
+            return "bad"
+        return "warn" if self.state.failures or self.state.last_error else "good"
 
     @property
     def needs_attention(self) -> bool:
         """Whether somebody must act, or a process lags."""
         return self.severity != "good" or any(member.status == "behind" for member in self.members)
 
+    @property
+    def status(self) -> tuple[str, float | None, int]:
+        """How fresh the value is, in words that end with a duration in seconds, which rises (1) or falls (-1)."""
+        state, fresh = self.state, self.state.fresh_seconds
+        if fresh is None:
+            return ("No value: every read so far has failed" if state.failures else "No value yet"), None, 0
+        if state.freshness is Freshness.FRESH:
+            settles = self.life_seconds < self.settings.ttl_seconds - 1 and not state.failures
+            return "Fresh, settling after an invalidation; read again in" if settles else "Fresh for another", fresh, -1
+        if state.freshness is Freshness.EXPIRED:
+            return "Expired: too old to serve, not fresh for", -fresh, 1
+        if not state.failures:
+            return "Stale, a read is due; not fresh for", -fresh, 1
+        left = self.settings.windows.hard_limit_seconds - self.settings.ttl_seconds + fresh
+        return "Stale while reads fail; served for another", left, -1
 
-def tenant_view(
-    state: State,
-    settings: Settings,
-    *,
-    host: str = "",
-    last_read: ReadEnd | None = None,
-    members: Sequence[MemberView] = (),
-    delivery: Event | None = None,
-    value_generation: int | None = None,
-) -> TenantView:
-    """Return the view of a tenant.
+    @property
+    def life_seconds(self) -> float:
+        """The whole freshness lifetime of the value; 0 without one."""
+        return max(0.0, (self.state.age_seconds or 0.0) + (self.state.fresh_seconds or 0.0))
 
-    Args:
-        state: Its state.
-        settings: The settings.
-        host: The host of its config API.
-        last_read: Its last read, where this process made it.
-        members: The processes that serve it.
-        delivery: Its last delivery.
-        value_generation: The generation of its value.
-    """
-    status, countdown = _status(state, settings)
-    return TenantView(
-        state=state,
-        flag=_flag(state, settings),
-        meaning=_meaning(state, settings),
-        status=status,
-        countdown=countdown,
-        severity=_severity(state, settings),
-        life_seconds=max(0.0, (state.age_seconds or 0.0) + (state.fresh_seconds or 0.0)),
-        last_read=_last_read(state, last_read),
-        delivery=delivery,
-        host=host,
-        members=members,
-        value_generation=value_generation,
-    )
+    @property
+    def last_read(self) -> str:
+        """How the last read went."""
+        if self.read_end is not None:
+            took = format_latency(self.read_end.latency_seconds)
+            return f"{'failed after' if isinstance(self.read_end.outcome, Failure) else 'succeeded in'} {took}"
+        if self.state.failures:
+            return "failed, in another process"
+        return "—" if self.state.age_seconds is None else "succeeded, in another process"
+
+    @property
+    def source(self) -> str:
+        """Who read the value."""
+        names = {Source.MEMORY: "this process", Source.STORE: "another process", Source.API: "the API"}
+        return "—" if self.state.enabled is None else names[self.state.source]
+
+    @property
+    def agreement(self) -> str:
+        """How many processes serve the value."""
+        return agreement([member.status for member in self.members])
+
+    @property
+    def _is_expired(self) -> bool:
+        lazy = self.settings.refresh == "lazy"
+        return self.state.freshness is Freshness.EXPIRED and not is_unasked(self.state, lazy=lazy)
 
 
 def is_unasked(state: State, *, lazy: bool) -> bool:
     """Return whether a value is expired only because nobody asks: the next evaluation reads it first."""
     return lazy and not state.failures and state.freshness is Freshness.EXPIRED and state.enabled is not None
-
-
-def _is_unasked(state: State, settings: Settings) -> bool:
-    return is_unasked(state, lazy=settings.refresh == "lazy")
-
-
-def _flag(state: State, settings: Settings) -> Flag:
-    expired = state.freshness is Freshness.EXPIRED and not _is_unasked(state, settings)
-    if not expired or settings.when_expired == "last":
-        return "none" if state.enabled is None else "on" if state.enabled else "off"
-    return "none" if settings.when_expired == "default" else settings.when_expired
-
-
-def _meaning(state: State, settings: Settings) -> str:
-    owner = {
-        "on": "The external OMS owns the orders",
-        "off": "The tenant's own order management owns the orders",
-        "none": "Each caller's own default decides",
-    }[_flag(state, settings)]
-    if state.freshness is not Freshness.EXPIRED:
-        return f"{owner}."
-    if _is_unasked(state, settings):
-        return f"{owner}, as far as is known. Nobody has asked for a while; the next evaluation reads it first."
-    last = (
-        "No value was ever read" if state.enabled is None else f"The last known value was {value_word(state.enabled)}"
-    )
-    return f"{owner}, by when_expired = {settings.when_expired}. {last}."
-
-
-def _severity(state: State, settings: Settings) -> Severity:
-    if state.freshness is Freshness.EXPIRED and not _is_unasked(state, settings):
-        return "bad"
-    return "warn" if state.failures or state.last_error else "good"
-
-
-def _status(state: State, settings: Settings) -> tuple[str, tuple[float, int] | None]:
-    """Return how fresh the value is, and the seconds that end the text."""
-    fresh = state.fresh_seconds
-    if fresh is None:
-        return ("No value: every read so far has failed" if state.failures else "No value yet"), None
-    if state.freshness is Freshness.FRESH:
-        life = (state.age_seconds or 0.0) + fresh
-        settles = life < settings.ttl_seconds - 1 and not state.failures
-        return ("Fresh, settling after an invalidation; read again in" if settles else "Fresh for another"), (fresh, -1)
-    if state.freshness is Freshness.EXPIRED:
-        return "Expired: too old to serve, not fresh for", (-fresh, 1)
-    if not state.failures:
-        return "Stale, a read is due; not fresh for", (-fresh, 1)
-    windows = settings.windows
-    left = max(windows.stale_if_error_seconds, windows.stale_while_revalidate_seconds) + fresh
-    return "Stale while reads fail; served for another", (left, -1)
-
-
-def _last_read(state: State, end: ReadEnd | None) -> str:
-    if end is not None:
-        took = format_latency(end.latency_seconds)
-        return f"failed after {took}" if isinstance(end.outcome, Failure) else f"succeeded in {took}"
-    if state.failures:
-        return "failed, in another process"
-    return "—" if state.age_seconds is None else "succeeded, in another process"
-
-
-def source_word(state: State) -> str:
-    """Return who read the value; a dash where there is none."""
-    if state.enabled is None:
-        return "—"
-    return {Source.MEMORY: "this process", Source.STORE: "another process", Source.API: "the API"}[state.source]
 
 
 # -- processes ------------------------------------------------------------------------------------------------------
@@ -319,16 +269,13 @@ class MemberView:
     status: Literal["current", "following", "behind", "silent", "gone"]
 
 
-def agreement(members: Sequence[MemberView]) -> str:
-    """Return how many of the living processes serve the value that the store holds; empty without a report."""
-    living = [member for member in members if member.status != "gone"]
-    current = sum(member.status == "current" for member in living)
-    if not living:
-        return ""
+def agreement(statuses: Sequence[str]) -> str:
+    """Return how many of the living processes serve the value that the store holds; empty where there is one."""
+    living = [status for status in statuses if status != "gone"]
+    current = living.count("current")
     if current == len(living):
-        return "1 process" if current == 1 else f"all {current} processes agree"
-    verb = "follows" if current == 1 else "follow"
-    return f"{current} of {len(living)} processes {verb}"
+        return f"all {current} processes agree" if current > 1 else ""
+    return f"{current} of {len(living)} processes follow so far"
 
 
 def has_ended(name: str, exists: Callable[[int], bool], *, host: str, seen_seconds: float) -> bool:
@@ -475,7 +422,8 @@ def summarize(views: Sequence[TenantView], processes: Sequence[ProcessView], hea
     ]
     trouble = "; ".join(part for part in troubles if part)
     severity: Severity = "bad" if named["bad"] else "warn" if trouble else "good"
-    text = f"{trouble[:1].upper()}{trouble[1:]}" if trouble else f"{_served(views)}, and {_followers(processes)}"
+    agreed = agreement([process.status for process in processes])
+    text = f"{trouble[:1].upper()}{trouble[1:]}" or ", and ".join(part for part in (_served(views), agreed) if part)
     gone = [process.name for process in processes if process.status == "gone"]
     ended = f" Ended: {_names(gone, 'processes')}." if gone else ""
     return Summary(
@@ -492,16 +440,6 @@ def _served(views: Sequence[TenantView]) -> str:
     if len(views) == 1:
         return f"{views[0].state.tenant} is {views[0].word}"
     return "Both tenants are served" if len(views) == 2 else f"All {len(views):,} tenants are served"  # noqa: PLR2004
-
-
-def _followers(processes: Sequence[ProcessView]) -> str:
-    living = [process for process in processes if process.status != "gone"]
-    current = sum(process.status == "current" for process in living)
-    if not living:
-        return "no process has reported yet"
-    if current == len(living):
-        return "the one process follows" if current == 1 else f"all {current} processes follow"
-    return f"{current} of {len(living)} processes follow so far"
 
 
 def _names(names: Sequence[str], what: str) -> str:
