@@ -15,7 +15,7 @@ CANDIDATES := $(PYTHON) python3 python3.14 python3.13 python3.12 python3.11
 
 # Modules of rules, without I/O: every branch of theirs is run.
 PURE := errors.py clock.py config.py records.py entry.py policy.py codec.py settings.py settings_errors.py store_url.py tenants.py \
-	signature.py resolution.py status.py
+	signature.py problems.py resolution.py status.py
 space := $(subst ,, )
 comma := ,
 PURE_PATHS := $(subst $(space),$(comma),$(addprefix src/external_oms/,$(PURE)))

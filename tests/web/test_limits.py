@@ -13,7 +13,7 @@ from limits.errors import StorageError
 
 from external_oms.problems import Problem
 from external_oms.settings import Settings
-from external_oms.web.limits import REDIS_SECONDS, Limits
+from external_oms.web.limits import REDIS_SECONDS, FileStorage, Limits
 from tests.support.ports import free_port
 from tests.support.redis import RedisServer
 
@@ -216,3 +216,14 @@ def test_a_forked_child_counts_on_its_own_without_waiting_for_its_parents_locks(
         if child == 0:
             os._exit(0 if allowed(limits, 5) == 3 else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_a_file_of_counts_is_a_storage_as_the_library_knows_it(tmp_path: Path) -> None:
+    storage = FileStorage(tmp_path / "counts", wall=time.time)
+    assert storage.check()
+    assert [storage.incr("a", 60), storage.incr("a", 60), storage.incr("b", 60)] == [1, 2, 1]
+    storage.clear("a")
+    assert [storage.get("a"), storage.get("b")] == [0, 1]
+    assert storage.get_expiry("a") <= time.time() < storage.get_expiry("b")
+    storage.reset()
+    assert storage.get("b") == 0

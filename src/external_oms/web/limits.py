@@ -26,7 +26,7 @@ from limits.strategies import FixedWindowRateLimiter
 from external_oms.problems import Problem, whole_seconds
 from external_oms.settings import Settings
 
-__all__ = ["Limits"]
+__all__ = ["FileStorage", "Limits"]
 
 REDIS_SECONDS = 0.5
 """How long a request waits for the shared counter, in seconds."""
