@@ -96,7 +96,9 @@ def test_serve_insecure_is_for_loopback_only(api: ConfigAPIEmulator, bind: str) 
     assert "loopback" in result.stderr
 
 
-@pytest.mark.parametrize("bind", ["127.0.0.1", "127.0.0.1:http", "127.0.0.1:99999", "a/b:80"])
+@pytest.mark.parametrize(
+    "bind", ["127.0.0.1", "127.0.0.1:http", "127.0.0.1:99999", "a/b:80", "http://127.0.0.1", "tcp://h:80", "fd://x"]
+)
 def test_serve_refuses_a_malformed_address_and_shows_the_forms(api: ConfigAPIEmulator, bind: str) -> None:
     result = run("serve", "--insecure", "--bind", bind)
     assert result.exit_code == ExitCode.REFUSED

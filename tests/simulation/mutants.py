@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import itertools
 import logging
 import sys
-import time
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,6 +34,11 @@ MODULES = (
 """The modules that a mutated world is made of, in the order of their imports."""
 
 
+MOST_HISTORIES = 5_000
+"""How many histories may search for a defect. The first one finds it, until the code changes; then
+`python -m tests.simulation --mutants` prints new seeds."""
+
+
 @dataclass(frozen=True, slots=True)
 class Mutant:
     """One defect: a text in a module, and what stands there instead.
@@ -62,7 +65,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "etag, lease.generation, lease.token, read_at",
         "etag, entry.generation, lease.token, read_at",
     ),
-    Mutant("a stored value forgets that it was overtaken", "entry", "stale_since=overtaken_at, verified", "stale_since=None, verified", seed=324),
+    Mutant("a stored value forgets that it was overtaken", "entry", "stale_since=overtaken_at, verified=True)", "stale_since=None, verified=True)", seed=324),
     Mutant("the lease is not fenced in commit", "entry", "    if not _holds(entry, lease):\n        return Change(entry, None)\n    known", "    known", seed=6),
     Mutant("the lease is not fenced in fail", "entry", "    if not _holds(entry, lease):\n        return Change(entry, None)\n    before", "    before", seed=157),
     Mutant("an overtaken read is thrown away", "entry", "    known = entry.snapshot\n    overtaken_at", "    if lease.generation < entry.generation:\n        return Change(replace(entry, lease=None), entry.snapshot)\n    known = entry.snapshot\n    overtaken_at", seed=8),
@@ -96,14 +99,15 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("a delivery counts as refreshed with an older value", "cache", "if entry.snapshot is not None and entry.snapshot.generation >= generation:", "if entry.snapshot is not None:"),
     Mutant("the lease of a process that ended holds until its end", "singleflight", "        if flight.dead_holder != busy.holder and self._store.is_gone(busy.holder):", "        if False:", seed=614),
     Mutant("a failed flight is tried again without a pause", "singleflight", "        return max(pause_seconds, 0.001)", "        return 0.0"),
-    Mutant("an owed invalidation is forgotten", "stores.fallback", "            self._owed.setdefault(tenant, 0)  # before", "            pass  # before", seed=7),
-    Mutant("what is owed is repeated without raising the generation above ours", "stores.fallback", "at_least=generation + 1)", "at_least=0)", seed=8),
-    Mutant("a recovered store is believed before what is owed is repaid", "stores.fallback", "        if tenant in self._owed:\n            entry = replace(entry, generation=max(entry.generation, owed), verified=False)\n", ""),
-    Mutant("a store that lost the generation is believed", "stores.fallback", "        if known is not None and known.generation > max(entry.generation, owed):", "        if False:", seed=482),
-    Mutant("an invalidation that meets a failure of the store is not taken alone", "stores.fallback", "                self._follow(tenant, results[-1].generation)\n", "", seed=779),
-    Mutant("a failed store leaves the old version words in force", "stores.fallback", "        self._touch_all(self._shared)\n        return local", "        return local", seed=7),
-    Mutant("a store that failed is never used again", "stores.fallback", "            self._recover(local)\n", "", seed=6),
-    Mutant("a busy store leaves this process as it was", "stores.fallback", "                return self._owe(tenant, len(requests)), False", "                return tuple(Invalidated(1) for _ in requests), False"),
+    Mutant("an owed invalidation is forgotten", "stores.fallback", "                self._known.owe(tenant, change.entry.generation)\n", "                pass\n"),
+    Mutant("an invalidation is owed once the local store has shown it", "stores.fallback", "        results = self._invalidate_alone(local, tenant, unnamed)\n", "        results = local.transact(tenant, partial(invalidate, requests=unnamed))\n"),
+    Mutant("what is owed is repeated without raising the generation above ours", "stores.fallback", "    at_least = max(owed, known.generation) + 1", "    at_least = 0"),
+    Mutant("a recovered store is believed before what is owed is repaid", "stores.fallback", "            if tenant in self.owed:\n                generation", "            if False:\n                generation"),
+    Mutant("a store that lost the generation is believed", "stores.fallback", "    value, known_value = entry.snapshot, known.snapshot\n    return (\n", "    value, known_value = entry.snapshot, known.snapshot\n    return False and (\n"),
+    Mutant("an invalidation that meets a failure of the store is not taken alone", "stores.fallback", "                self._known.raise_to(tenant, generation)  # a local store that is made from now on begins with it\n                if self._local is not None:\n                    self._invalidate_alone(self._local, tenant, [Invalidation()], shared=generation)\n", ""),
+    Mutant("a failed store leaves the old version words in force", "stores.fallback", "        self._touch_all(self._shared)\n        return local", "        return local"),
+    Mutant("a store that failed is never used again", "stores.fallback", "        self._recover(local)\n", ""),
+    Mutant("a busy store leaves this process as it was", "stores.fallback", "                results = (Invalidated(self._known.owe_next(tenant, len(requests))),) * len(requests)\n", "                results = (Invalidated(1),) * len(requests)\n"),
     Mutant("a change in memory does not change the version word", "stores.memory", "                self._versions[self._index_of(tenant)] += 1\n            return change.result", "            return change.result"),
     Mutant("the first of two flights takes the second one with it", "singleflight", "        self.flight, self.next_flight = self.next_flight, None", "        self.flight, self.next_flight = None, None", seed=46),
     Mutant("evaluations wait for their read though a value may be served meanwhile", "cache", "            flight.serve()\n", "            pass\n"),
@@ -136,28 +140,29 @@ def mutated(mutant: Mutant | None) -> Iterator[tuple[Any, Any]]:
         sys.modules.update(saved)
 
 
-def kill(mutant: Mutant, *, seconds: float) -> tuple[int, str] | None:
+def kill(mutant: Mutant, *, histories: int = MOST_HISTORIES) -> tuple[int, str] | None:
     """Play histories with a defect until one breaks a promise, from the seed of the mutant on.
 
+    Args:
+        mutant: The defect.
+        histories: The most histories to play, >= 1; a count, so that a busy machine lets no defect survive.
+
     Returns:
-        The seed of the history, and the promise; None where no history of the given time did.
+        The seed of the history, and the promise; None where none of so many histories did.
     """
     with mutated(mutant) as (history, world):
-        until = time.monotonic() + seconds
-        for seed in itertools.count(mutant.seed):
+        for seed in range(mutant.seed, mutant.seed + histories):
             try:
                 history.play(world.Choices(seed=seed))
             except world.Violation as violation:
                 return seed, str(violation)
             except Exception as error:  # noqa: BLE001 - a defect may also end in an error of any kind
                 return seed, f"{type(error).__name__}: {error}"
-            if time.monotonic() > until:
-                break
     return None
 
 
 def first_seed(mutant: Mutant) -> int | None:
     """Return the first seed of all whose history finds a defect."""
     logging.disable(logging.CRITICAL)
-    found = kill(replace(mutant, seed=0), seconds=300.0)
+    found = kill(replace(mutant, seed=0))
     return None if found is None else found[0]

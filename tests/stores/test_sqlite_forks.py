@@ -228,7 +228,7 @@ def test_a_signal_handler_that_forks_in_the_middle_of_a_transaction_ends_it_and_
             os.kill(os.getpid(), how)
         signal.signal(signal.SIGUSR1, before)
     assert os.waitstatus_to_exitcode(os.waitpid(children[0], 0)[1]) == -signal.SIGKILL
-    assert store._writer.lock.owner is None
+    assert store._writer.owner is None
     assert store.load(TENANT).generation == 1
     assert invalidated(store) == 2
     assert locks_held(path) >= 2
@@ -250,14 +250,14 @@ def test_a_fork_waits_for_a_transaction_of_another_thread_and_goes_before_others
     queued = [threading.Thread(target=invalidated, args=(store,)) for _ in range(5)]
     for thread in queued:
         thread.start()
-    wait_until(lambda: len(store._writer.lock._waiting) == 5)
+    wait_until(lambda: len(store._writer._waiting) == 5)
     results: list[bool] = []
     forker = threading.Thread(
         target=lambda: results.append(in_a_fork(lambda: open_channels(store) == 0 and invalidated(store) >= 1))
     )
     forker.start()
-    wait_until(lambda: len(store._writer.lock._waiting) == 6)
-    assert store._writer.lock._waiting[0][0] == forker.ident
+    wait_until(lambda: len(store._writer._waiting) == 6)
+    assert store._writer._waiting[0][0] == forker.ident
     leave.set()
     for thread in (writer, forker, *queued):
         thread.join()

@@ -356,7 +356,8 @@ def test_the_cap_holds_for_a_body_in_chunks(start: StartServer) -> None:
 @pytest.mark.parametrize("method", ["GET", "HEAD", "PUT", "PATCH", "DELETE", "TRACE"])
 def test_only_a_post_is_a_delivery(server: Server, method: str) -> None:
     answer = server.client.open(HOOK, method=method)
-    assert (answer.status_code, answer.mimetype, answer.headers["Allow"]) == (405, PROBLEM_TYPE, "POST, OPTIONS")
+    assert (answer.status_code, answer.mimetype) == (405, PROBLEM_TYPE)
+    assert set(answer.headers["Allow"].split(", ")) == {"POST", "OPTIONS"}
 
 
 def test_too_many_deliveries_wait_in_whole_seconds_and_forgers_lock_nobody_out(start: StartServer) -> None:

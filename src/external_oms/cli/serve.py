@@ -5,10 +5,12 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import re
 import shlex
 import socket
 import sys
 import threading
+from contextlib import suppress
 from typing import Literal
 
 import click
@@ -51,10 +53,11 @@ def serve(bind: str, workers: int | None, threads: int, preload: bool, name_memb
 
 
 def _check_bind(bind: str, *, loopback_only: bool) -> None:
-    try:
+    private = None
+    with suppress(ValueError):
         private = is_private(bind)
-    except ValueError as error:
-        raise click.BadParameter(f"{bind!r} given; must be {ADDRESSES}", param_hint="--bind") from error
+    if private is None or ("://" in bind and not re.fullmatch(r"fd://\d+", bind)):
+        raise click.BadParameter(f"{bind!r} given; must be {ADDRESSES}", param_hint="--bind")
     if loopback_only and not private:
         raise click.BadParameter("must be on loopback without credentials (insecure)", param_hint="--bind")
     if bind.startswith(("unix:", "fd://")):

@@ -15,7 +15,6 @@ from urllib.parse import urlsplit
 
 import click
 
-from external_oms import signature
 from external_oms.cli.base import CommandError, ExitCode, json_option
 from external_oms.cli.output import Cell, duration, print_json, print_line
 from external_oms.clock import SYSTEM_CLOCK
@@ -23,6 +22,7 @@ from external_oms.config import format_instant
 from external_oms.errors import SettingsError, SignatureError
 from external_oms.settings import ENV_PREFIX, Settings, listed
 from external_oms.tenants import is_loopback
+from external_oms.testing import sign_delivery
 from external_oms.transport import Transport
 from external_oms.web.keys import Role, new_key
 from external_oms.web.serving import DEFAULT_BIND
@@ -105,7 +105,7 @@ def send(
         raise CommandError(problem, ExitCode.REFUSED)
     delivery_id = delivery_id or f"msg_{uuid.uuid4().hex}"
     body = _delivery(tenant)
-    headers = {"Content-Type": "application/json", **_credentials(body, shared, delivery_id, bearer=bearer)}
+    headers = _headers(body, shared, delivery_id, bearer=bearer)
     transport = Transport(None, subject="the webhook", url_setting="--url", clock=SYSTEM_CLOCK)
     began = SYSTEM_CLOCK.monotonic()
     with transport.deadline(began + TIMEOUT_SECONDS) as deadline:
@@ -151,12 +151,12 @@ def _delivery(tenant: str | None) -> bytes:
     return json.dumps({"tenant": tenant, **envelope} if tenant else envelope).encode()
 
 
-def _credentials(body: bytes, shared: str, delivery_id: str, *, bearer: bool) -> dict[str, str]:
+def _headers(body: bytes, shared: str, delivery_id: str, *, bearer: bool) -> dict[str, str]:
     if not bearer:
         try:
-            return signature.sign(body, secret=shared, delivery_id=delivery_id, at_wall=SYSTEM_CLOCK.wall())
+            return sign_delivery(body, shared, delivery_id=delivery_id)
         except SignatureError as error:
             raise CommandError(f"the delivery cannot be signed: {error}", ExitCode.REFUSED) from error
     if not shared.isascii() or not shared.isprintable() or " " in shared:
         raise CommandError("the key must be printable ASCII without spaces", ExitCode.REFUSED)
-    return {"Authorization": f"Bearer {shared}", "webhook-id": delivery_id}
+    return {"content-type": "application/json", "Authorization": f"Bearer {shared}", "webhook-id": delivery_id}
