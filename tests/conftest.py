@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from external_oms.settings import ENV_PREFIX
 from tests.support.clock import FakeClock
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
 NODE = Path(__file__).parent / "support" / "node"
+
+settings.register_profile("any pace", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any pace")  # a property is no benchmark: other tests run beside it
 
 BROWSER_OPTIONS = [  # a browser that calls nobody but the server under test
     "--no-sandbox",

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from datetime import UTC, datetime
 from functools import partial
 from itertools import pairwise
 from typing import TypeVar
@@ -29,6 +30,7 @@ from external_oms.entry import (
     Invalidation,
     Transition,
     begin_read,
+    commit,
     last_token,
     release,
 )
@@ -44,6 +46,9 @@ from tests.support.stores import FaultyStore
 from tests.support.waiting import wait_until
 
 CROWD = 50
+
+NEVER = 600.0
+"""The timeout in seconds where a test must not wait for it: longer than a test may last."""
 
 T = TypeVar("T")
 
@@ -171,8 +176,8 @@ class Crowd:
         with self._lock:
             self.evaluations.append(evaluation)
 
-    def wait(self, seconds: float = SOON) -> list[Evaluation]:
-        until = time.monotonic() + seconds
+    def wait(self) -> list[Evaluation]:
+        until = time.monotonic() + SOON
         for thread in self._threads:
             thread.join(max(0.0, until - time.monotonic()))
         assert len(self.evaluations) == 2 * CROWD, "somebody was left waiting"
@@ -206,12 +211,18 @@ def test_a_crowd_shares_one_failure(threaded: Threaded) -> None:
 def test_a_crowd_before_a_read_that_hangs_is_let_go_at_its_deadline(threaded: Threaded) -> None:
     cache = threaded.make(timeout_seconds=0.2)
     threaded.hold()
-    began = time.monotonic()
-    evaluations = Crowd(cache).wait(3.0)
-    assert time.monotonic() - began < 2.0
+    evaluations = Crowd(cache).wait()
     assert [value(evaluation) for evaluation in evaluations] == [None] * 2 * CROWD
     assert len(threaded.source.reads) == 1
     assert cache.failure(evaluations[0]).failure is None, "no read has ended: there is no failure to name"
+
+
+def test_an_evaluation_waits_no_longer_than_one_read(timed: Timed) -> None:
+    timed.store.is_gone = lambda holder: False  # type: ignore[method-assign]  # the other one lives
+    timed.store.transact(TENANT, partial(begin_read, holder="another", lease_seconds=60.0, newer_than=0))
+    began = timed.clock.monotonic()
+    assert value(timed.cache.lookup(TENANT)) is None
+    assert 5.0 <= timed.clock.monotonic() - began <= 6.0
 
 
 def test_who_waits_in_vain_is_served_what_may_be_served_while_reads_fail(threaded: Threaded) -> None:
@@ -250,12 +261,10 @@ def test_a_defect_of_the_store_ends_the_flight_for_all_who_wait_and_the_next_one
             return super().transact(tenant, transition, delivery_ids=delivery_ids)
 
     store = Failing(clock=threaded.clock)
-    cache = threaded.make(store=store)
-    began = time.monotonic()
+    cache = threaded.make(store=store, timeout_seconds=NEVER)
     assert value(cache.lookup(TENANT)) is None
     with pytest.raises(Unavailable, match="bug"):
         cache.refresh(TENANT)
-    assert time.monotonic() - began < 3.0
     assert "ZeroDivisionError" in caplog.text
     store.broken = False
     assert value(cache.lookup(TENANT)) is True
@@ -279,24 +288,79 @@ def test_with_a_servable_value_nobody_waits_for_the_read(threaded: Threaded, sec
     wait_until(lambda: value(cache.lookup(TENANT)) is False)
 
 
+def test_an_evaluation_that_waits_is_served_an_overtaken_value_and_not_kept_for_the_next_read(
+    threaded: Threaded,
+) -> None:
+    cache = threaded.make(timeout_seconds=NEVER)
+    slot = cache._states[TENANT]
+    threaded.hold()
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(cache.lookup, TENANT)
+        held = threaded.source.held()
+        invalidate(cache)
+        second = pool.submit(asyncio.run, cache.lookup_async(TENANT))
+        wait_until(lambda: slot.next_flight is not None)
+        third = threading.Thread(target=cache.refresh, args=(TENANT,), daemon=True)
+        third.start()
+        held.answer(True)
+        following = threaded.source.held()
+        for future in (first, second):
+            assert (value(future.result(SOON)), future.result().freshness) == (True, Freshness.STALE)
+        assert third.is_alive(), "a refresh waits for its own read"
+        following.answer(False)
+        third.join(SOON)
+    assert value(cache.lookup(TENANT)) is False
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_an_evaluation_that_waits_for_the_lease_of_another_process_is_served_what_that_one_stores(
+    clock: FakeClock, background: bool
+) -> None:
+    """The other process reads again at once, because an invalidation overtook its read, and that read hangs."""
+    timed = Timed(clock, background=background)
+    timed.store.is_gone = lambda holder: False  # type: ignore[method-assign]  # the other one lives
+    begin = partial(begin_read, holder="another", lease_seconds=7.0, newer_than=0)
+    granted = timed.store.transact(TENANT, begin)
+    assert isinstance(granted, Granted)
+    timed.store.invalidate(TENANT, [Invalidation()])
+
+    def store() -> None:
+        timed.store.transact(
+            TENANT,
+            partial(
+                commit,
+                lease=granted.lease,
+                reading=Reading(Document(True)),
+                read_at=clock.monotonic(),
+                fetched_at=datetime.fromtimestamp(clock.wall(), UTC),
+                ttl_seconds=30.0,
+                hard_limit_seconds=3600.0,
+                tenant=TENANT,
+                latency_seconds=0.3,
+            ),
+        )
+        assert isinstance(timed.store.transact(TENANT, begin), Granted)
+
+    timed.hand.at("another", clock.monotonic() + 0.3, store)
+    began = clock.monotonic()
+    evaluation = timed.cache.lookup(TENANT)
+    assert (value(evaluation), evaluation.freshness) == (True, Freshness.STALE)
+    assert clock.monotonic() - began < 1.0
+    timed.hand.advance(20.0)
+    assert timed.source.reads, "the lease of the other process ends, and this one reads"
+
+
 def test_an_async_evaluation_that_waits_leaves_the_loop_to_others(threaded: Threaded) -> None:
     """The loop itself lets the read end: were it held, nobody ever would."""
-    cache = threaded.make()
+    cache = threaded.make(timeout_seconds=NEVER)
     threaded.hold()
 
     async def story() -> None:
         waiting = asyncio.create_task(cache.lookup_async(TENANT))
-        loop = asyncio.get_running_loop()
-        held = await loop.run_in_executor(None, threaded.source.held)
-        lags = []
-        for _ in range(50):
-            before = loop.time()
-            await asyncio.sleep(0)
-            lags.append(loop.time() - before)
+        held = await asyncio.get_running_loop().run_in_executor(None, threaded.source.held)
         assert not waiting.done()
         held.answer(True)
         assert value(await waiting) is True
-        assert sorted(lags)[len(lags) // 2] < 0.05
 
     asyncio.run(story())
 
@@ -342,15 +406,13 @@ def test_a_read_that_outlasts_the_loop_of_its_waiter_ends_quietly(
 
 def test_a_tenant_that_hangs_does_not_slow_another(threaded: Threaded) -> None:
     dead = tuple(f"dead-{number}" for number in range(10))
-    cache = threaded.make(tenants=(*dead, "alive"))
+    cache = threaded.make(tenants=(*dead, "alive"), timeout_seconds=NEVER)
     threaded.hold(*dead)
     with ThreadPoolExecutor(len(dead)) as pool:
         waiting = [pool.submit(cache.lookup, tenant) for tenant in dead]
         held = [threaded.source.held(tenant) for tenant in dead]
-        began = time.monotonic()
         assert value(cache.lookup("alive")) is True
         assert value(cache.refresh("alive")) is True
-        assert time.monotonic() - began < 2.0
         assert not any(future.done() for future in waiting)
         for read in held:
             read.answer(Unavailable("down"))
@@ -361,17 +423,15 @@ def test_a_tenant_that_hangs_does_not_slow_another(threaded: Threaded) -> None:
 
 def test_who_must_not_read_yet_is_answered_at_once_though_every_reader_hangs(threaded: Threaded) -> None:
     dead = tuple(f"dead-{number}" for number in range(16))
-    cache = threaded.make(tenants=(*dead, "limited"))
+    cache = threaded.make(tenants=(*dead, "limited"), timeout_seconds=NEVER)
     threaded.source.says = RateLimited("429", status=429, retry_after_seconds=60.0)
     assert value(cache.lookup("limited")) is None
     threaded.hold(*dead)
     with ThreadPoolExecutor(len(dead)) as pool:
         waiting = [pool.submit(cache.lookup, tenant) for tenant in dead]
         held = [threaded.source.held(tenant) for tenant in dead]
-        began = time.monotonic()
         assert value(cache.lookup("limited")) is None
         assert value(asyncio.run(cache.lookup_async("limited"))) is None
-        assert time.monotonic() - began < 2.0
         for read in held:
             read.answer(True)
         assert [value(future.result(SOON)) for future in waiting] == [True] * len(dead)
@@ -400,9 +460,10 @@ def test_a_read_that_answers_the_old_value_after_an_invalidation_is_read_again_a
         wait_until(lambda: slot.next_flight is not None)
         old.answer(False)
         threaded.source.held().answer(True)
-        assert value(after.result(SOON)) is True
-        overtaken = before.result(SOON)
-        assert (value(overtaken), overtaken.freshness) in {(False, Freshness.STALE), (True, Freshness.FRESH)}
+        for future in (before, after):
+            evaluation = future.result(SOON)
+            assert (value(evaluation), evaluation.freshness) in {(False, Freshness.STALE), (True, Freshness.FRESH)}
+    wait_until(lambda: value(cache.lookup(TENANT)) is True)
     assert False not in fresh
     assert cache.peek(TENANT).entry.snapshot is not None
     assert len(threaded.source.reads) == 2
@@ -456,10 +517,8 @@ def test_a_refresh_that_fails_says_so_and_leaves_what_is_served_as_it_was(thread
 def test_a_refresh_of_a_read_that_hangs_ends_at_its_deadline(threaded: Threaded) -> None:
     cache = threaded.make(timeout_seconds=0.1)
     threaded.hold()
-    began = time.monotonic()
     with pytest.raises(Unavailable, match="deadline"):
         cache.refresh(TENANT)
-    assert time.monotonic() - began < 2.0
 
 
 def test_threads_that_evaluate_while_others_announce_never_see_a_value_go_back_nor_changes_out_of_order(
@@ -649,8 +708,7 @@ def test_a_wait_that_the_api_asks_for_is_obeyed_by_everybody_and_slept_on_by_nob
     timed.cache.start()
     timed.source.says = RateLimited("429", status=429, retry_after_seconds=60.0)
     timed.hand.advance(5.0)
-    reads = len(timed.source.reads)
-    began = time.monotonic()
+    reads, began = len(timed.source.reads), timed.clock.monotonic()
     for _ in range(50):
         timed.hand.advance(1.0)
         timed.cache.lookup(TENANT)
@@ -660,7 +718,7 @@ def test_a_wait_that_the_api_asks_for_is_obeyed_by_everybody_and_slept_on_by_nob
         with pytest.raises(RateLimited) as raised:
             timed.cache.refresh(TENANT)
         assert raised.value.retry_after_seconds is not None
-    assert time.monotonic() - began < 3.0
+    assert timed.clock.monotonic() - began == pytest.approx(50.0)
     assert len(timed.source.reads) == reads
     timed.source.says = False
     timed.hand.advance(15.0)
@@ -938,9 +996,7 @@ def test_warming_reads_every_tenant_once_and_waits_no_longer_than_one_read(threa
     cache = threaded.make(tenants=("dead", "alive", "failing"), timeout_seconds=0.3)
     threaded.hold("dead", "failing")
     threading.Thread(target=lambda: threaded.source.held("failing").answer(Unavailable("down")), daemon=True).start()
-    began = time.monotonic()
     evaluations = cache.warm()
-    assert time.monotonic() - began < 2.0
     assert [value(evaluation) for evaluation in evaluations] == [None, True, None]
     assert sorted(threaded.source.reads) == ["alive", "dead", "failing"]
     assert [value(evaluation) for evaluation in cache.warm()] == [None, True, None]
@@ -948,14 +1004,12 @@ def test_warming_reads_every_tenant_once_and_waits_no_longer_than_one_read(threa
 
 
 def test_closing_lets_every_waiter_go_at_once_and_leaves_no_thread(threaded: Threaded) -> None:
-    cache = threaded.make(timeout_seconds=60.0, windows=replace(WINDOWS, ttl_seconds=60.0))
+    cache = threaded.make(timeout_seconds=NEVER, windows=replace(WINDOWS, ttl_seconds=NEVER))
     threaded.hold()
     crowd = Crowd(cache)
     held = threaded.source.held()
-    began = time.monotonic()
-    cache.close(1.0, abort=lambda: held.answer(Unavailable("broken off")))
-    evaluations = crowd.wait(5.0)
-    assert time.monotonic() - began < 3.0
+    cache.close(SOON, abort=lambda: held.answer(Unavailable("broken off")))
+    evaluations = crowd.wait()
     assert {value(evaluation) for evaluation in evaluations} == {None}
     assert not [thread for thread in newcomers() if thread.name.startswith("external-oms")]
 
@@ -973,9 +1027,8 @@ def test_a_read_broken_off_by_a_shutdown_is_no_failure_of_the_api(threaded: Thre
 
 
 def test_after_the_end_whoever_asks_is_answered_at_once_and_no_read_begins(threaded: Threaded) -> None:
-    cache = threaded.make()
+    cache = threaded.make(timeout_seconds=NEVER)
     cache.close()
-    began = time.monotonic()
     assert value(cache.lookup(TENANT)) is None
     assert value(asyncio.run(cache.lookup_async(TENANT))) is None
     with pytest.raises(Unavailable, match="shut down"):
@@ -983,7 +1036,6 @@ def test_after_the_end_whoever_asks_is_answered_at_once_and_no_read_begins(threa
     assert cache.wait_for_generation(TENANT, 1) is None
     invalidate(cache)
     cache.close()
-    assert time.monotonic() - began < 2.0
     assert threaded.source.reads == []
 
 
@@ -1042,7 +1094,7 @@ def test_a_value_read_as_the_end_came_is_kept(threaded: Threaded) -> None:
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")  # newer Pythons warn of what is tested here
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 def test_a_forked_child_answers_at_once_refreshes_and_hears_invalidations(threaded: Threaded) -> None:
-    cache = threaded.make(background=True)
+    cache = threaded.make(background=True, timeout_seconds=NEVER)
     cache.lookup(TENANT)
     threaded.hold()
     invalidate(cache)
@@ -1059,9 +1111,7 @@ def test_a_forked_child_answers_at_once_refreshes_and_hears_invalidations(thread
             threaded.source.says = False
             cache._reader._source = threaded.source
             cache.after_fork()
-            began = time.monotonic()
             warm = cache.lookup(TENANT)
-            quick = time.monotonic() - began < 1.0
             wait_until(lambda: value(cache.lookup(TENANT)) is False)
             threaded.hold()
             invalidate(cache)
@@ -1069,7 +1119,7 @@ def test_a_forked_child_answers_at_once_refreshes_and_hears_invalidations(thread
             threaded.source.held().answer(False)
             threaded.source.holding.clear()
             again = value(cache.refresh(TENANT)) is False
-            code = 0 if (value(warm) is True and quick and heard and again) else 2
+            code = 0 if (value(warm) is True and heard and again) else 2
         finally:
             os._exit(code)
     lock.release()

@@ -14,8 +14,7 @@ from pydantic import SecretStr
 from external_oms.auth import ClientCredentials, StaticToken
 from external_oms.clock import SYSTEM_CLOCK
 from external_oms.config import Document, Reading
-from external_oms.emulated import Malformed
-from external_oms.emulator import ConfigAPIEmulator, Fault
+from external_oms.emulator import ConfigAPIEmulator, Fault, Malformed
 from external_oms.errors import (
     MalformedAnswer,
     RateLimited,

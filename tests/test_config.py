@@ -63,6 +63,8 @@ def test_members_that_a_newer_api_adds_change_nothing(enabled: bool, more: dict[
         (b'{"enabled": true, "updated_at": true}', "a JSON boolean, not an instant"),
         (b'{"enabled": true, "updated_at": "yesterday"}', "not an RFC 3339 instant"),
         (b'{"enabled": true, "updated_at": "2021-07-13T20:18:25"}', "not an RFC 3339 instant"),
+        (b'{"enabled": true, "enabled": false}', "two members of one name"),
+        (b'{"value": {"enabled": true, "enabled": true}}', "two members of one name"),
         (b'{"enabled": true, "updated_at": "0001-01-01T00:00:00+10:00"}', "not an RFC 3339 instant"),
     ],
 )

@@ -103,7 +103,7 @@ def test_a_crowd_on_a_cold_cache_costs_one_read(how: str, upstream: Upstream) ->
         tenant="acme",
         access_token="token",
         base_url=upstream.url,
-        timeout_seconds=1.0 if how == "hangs" else 30.0,
+        timeout_seconds=2.0 if how == "hangs" else 30.0,
         refresh="lazy",  # so that nothing reads again in the background
     )
     provider = ExternalOMSProvider(settings)

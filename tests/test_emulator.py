@@ -17,9 +17,10 @@ from typing import Any, Literal
 import pytest
 
 from external_oms.config import parse_document
-from external_oms.emulated import Malformed
-from external_oms.emulator import ConfigAPIEmulator, Fault
+from external_oms.emulator import ConfigAPIEmulator, Fault, Malformed
 from external_oms.errors import MalformedAnswer
+from external_oms.settings import Settings
+from external_oms.signature import check_secret
 from external_oms.testing import sign_delivery
 from tests.support.waiting import PATIENCE_SECONDS, wait_until
 
@@ -364,6 +365,24 @@ def test_settings_of_the_emulator_reach_it(api: ConfigAPIEmulator) -> None:
     assert list(api.settings("acme", "globex").by_tenant()) == ["acme", "globex"]
     static = api.settings(access_token=api.access_token())
     assert static.client_id is None
+
+
+@pytest.mark.parametrize("tenants", [("acme",), ("acme", "globex")])
+def test_its_environment_configures_every_tenant_and_a_webhook(
+    tenants: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    api = ConfigAPIEmulator(tenants, config_path="/elsewhere", write_method="PUT")
+    for name, value in api.environment().items():
+        monkeypatch.setenv(name, value)
+    settings = Settings()
+    assert settings.by_tenant() == {name: api.tenant_settings(name) for name in tenants}
+    assert [secret.get_secret_value() for secret in settings.webhook_secrets] == [api.webhook_secret]
+    check_secret(api.webhook_secret)
+
+
+def test_a_port_that_is_in_use_is_an_error(api: ConfigAPIEmulator) -> None:
+    with pytest.raises(OSError, match="in use"):
+        ConfigAPIEmulator(port=int(api.origin.rpartition(":")[2])).start()
 
 
 def test_a_stopped_emulator_starts_again_where_it_was(api: ConfigAPIEmulator) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import re
 
 import pytest
@@ -82,3 +83,23 @@ def test_nothing_to_serve_says_why(failure: ReadError | None, because: str) -> N
     error = NothingToServe("acme", failure)
     assert because in str(error)
     assert (error.tenant, error.failure) == ("acme", failure)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        SettingsError("ttl_seconds", "too short"),
+        TenantError("acme", "unknown"),
+        NothingToServe("acme", Unavailable("the API is down", status=503, retry_after_seconds=2.5)),
+        WriteOutcomeUnknown("sent", status=502),
+        Unavailable("no", status=503, retry_after_seconds=2.5),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_an_error_reaches_another_process_as_it_is(error: ExternalOMSError) -> None:
+    """A pool of processes waits for ever for an exception that cannot be loaded."""
+    for again in (pickle.loads(pickle.dumps(error)), copy.copy(error), copy.deepcopy(error)):  # noqa: S301 - our own
+        assert (type(again), str(again), repr(again)) == (type(error), str(error), repr(error))
+        assert {name: str(value) for name, value in vars(again).items()} == {
+            name: str(value) for name, value in vars(error).items()
+        }

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
-from itertools import pairwise
+from itertools import count, pairwise
 
 import pytest
 
+from external_oms.codec import MAX_COUNTER
 from external_oms.config import Document, Reading
-from external_oms.entry import Entry, Granted, Invalidated, Invalidation, begin_read, commit, is_current
+from external_oms.entry import Change, Entry, Granted, Invalidated, Invalidation, begin_read, commit, is_current
 from external_oms.errors import LaggingAnswer, StoreBusy, StoreError
-from external_oms.policy import Freshness
+from external_oms.policy import Freshness, Windows, evaluate
+from external_oms.policy import Source as ValueSource
 from external_oms.records import Cause, Event, Member
 from external_oms.stores.fallback import Fallback
 from external_oms.stores.memory import MemoryStore
@@ -187,6 +190,7 @@ def test_an_invalidation_by_another_process_reaches_one_that_cannot_write_the_st
     other = Process(clock, data=process.shared.data, holder="other")
     process.read()
     process.store.load(TENANT)
+    process.store.version_ref(TENANT)  # as a cache does
     process.fail()
     process.shared.fault = None
     process.store.poll()
@@ -225,6 +229,22 @@ def test_in_the_local_store_the_process_has_a_name_of_its_own_and_still_knows_wh
     assert process.store.is_own(shared_name)
     assert process.store.is_own(process.store.holder)
     assert not process.store.is_own("them")
+
+
+def test_tenants_that_are_first_used_while_the_store_fails_or_recovers_disturb_neither(process: Process) -> None:
+    touch, number = process.shared.touch, count()
+
+    def touch_while_another_tenant_comes(tenant: str) -> None:
+        touch(tenant)
+        process.store.load(f"new-{next(number)}")
+
+    process.shared.touch = touch_while_another_tenant_comes  # type: ignore[method-assign]  # what another thread does
+    process.read()
+    process.fail()
+    process.invalidate()
+    process.recover()
+    assert process.store.health().ok
+    assert process.shared.data.load(TENANT).generation > 0
 
 
 # -- busy ------------------------------------------------------------------------------------------------------------
@@ -313,6 +333,49 @@ def test_between_the_recovery_and_the_repetition_nothing_old_is_verified(process
     assert process.store.load(TENANT).verified
 
 
+def test_what_is_owed_by_an_invalidation_during_the_repetition_is_repeated_too(process: Process) -> None:
+    process.fail()
+    process.invalidate()
+    transact = process.shared.transact
+    late: list[Invalidated] = []
+
+    def meanwhile(*given: object, **more: object) -> object:
+        if process.store.health().ok and not late:  # the repetition, after the probe
+            process.shared.transact = transact  # type: ignore[method-assign]  # as it was
+            process.shared.fault = StoreBusy("in use")
+            late.append(process.invalidate()[0])
+            process.shared.fault = None
+        return transact(*given, **more)  # type: ignore[arg-type]  # handed on as it came
+
+    process.shared.transact = meanwhile  # type: ignore[method-assign, assignment]  # to come in between
+    process.recover()
+    assert late
+    assert not process.store.load(TENANT).verified
+    process.store.poll()
+    assert process.store.load(TENANT).verified
+    assert process.shared.data.load(TENANT).generation > late[0].generation
+
+
+def test_a_value_that_could_not_be_verified_is_stale_for_a_process_that_works_alone_until_it_reads(
+    process: Process, clock: FakeClock
+) -> None:
+    process.read()
+    process.store.load(TENANT)
+    load = process.shared.load
+    process.shared.load = lambda tenant: replace(load(tenant), verified=False)  # type: ignore[method-assign]  # a fork
+    process.store.load(TENANT)
+    process.fail()
+    clock.advance(0.1)
+
+    def freshness() -> Freshness:
+        entry, windows = process.store.load(TENANT), Windows(30.0, 30.0, 3600.0)
+        return evaluate(TENANT, entry, now=clock.monotonic(), windows=windows, source=ValueSource.MEMORY).freshness
+
+    assert freshness() is Freshness.STALE
+    process.read()
+    assert freshness() is Freshness.FRESH
+
+
 def test_delivery_ids_are_not_remembered_by_a_process_that_works_alone(process: Process) -> None:
     process.fail()
     assert [process.invalidate("id")[0].duplicate for _ in range(3)] == [False] * 3
@@ -332,13 +395,65 @@ def test_a_store_that_lost_its_data_gets_a_generation_above_the_one_that_was_kno
     process.shared.data._entries.clear()
     entry = process.store.load(TENANT)
     assert (entry.generation, entry.verified) == (5, False)
-    assert "has lost generation 5" in caplog.text
+    assert "has lost data of tenant" in caplog.text
     process.store.poll()
     assert process.shared.data.load(TENANT).generation == 6
     kept = process.store.load(TENANT)
     assert kept.generation == 6
     assert kept.snapshot == entry.snapshot, "the value that the store lost is better than none"
     assert not is_current(kept)
+
+
+def test_what_a_store_has_lost_is_repaired_by_the_first_process_and_the_others_find_it_done(
+    process: Process, clock: FakeClock
+) -> None:
+    other = Process(clock, data=process.shared.data, holder="other")
+    process.read()
+    value = process.store.load(TENANT).snapshot
+    assert other.store.load(TENANT).snapshot == value
+    process.shared.data._entries.clear()
+    for one in (process, other):
+        lost = one.store.load(TENANT)
+        assert (lost.snapshot, lost.verified) == (value, False)
+    process.store.poll()
+    repaired = process.shared.data.load(TENANT)
+    assert (repaired.generation, repaired.snapshot) == (1, value)
+    other.store.poll()
+    assert process.shared.data.load(TENANT) == repaired
+    assert process.store.load(TENANT) == other.store.load(TENANT) == repaired
+    assert [row.cause for row in process.store.history()].count(Cause.STORE) == 1
+
+
+def test_a_value_that_was_read_since_the_loss_is_kept_though_its_numbers_began_again(
+    process: Process, clock: FakeClock
+) -> None:
+    newcomer = Process(clock, data=process.shared.data, holder="newcomer")
+    for _ in range(3):
+        process.read(enabled=True)
+    process.store.load(TENANT)
+    process.shared.data._entries.clear()
+    clock.advance(1.0)
+    newcomer.read(enabled=False)
+    assert newcomer.store.load(TENANT).token == 1
+    entry = process.store.load(TENANT)
+    assert entry.snapshot is not None
+    assert (entry.snapshot.enabled, entry.verified) == (False, False)
+    process.store.poll()
+    entry = process.store.load(TENANT)
+    assert entry.snapshot is not None
+    assert (entry.snapshot.enabled, entry.verified, is_current(entry)) == (False, True, False)
+    assert newcomer.store.load(TENANT) == entry
+    assert process.store.poll() == () or not process.store._known.owed, "it is no loss any more"
+
+
+def test_a_forged_generation_at_its_end_is_given_up(process: Process) -> None:
+    forge = partial(replace, generation=MAX_COUNTER - 1)
+    process.shared.data.transact(TENANT, lambda entry, _: Change(forge(entry), None))
+    assert process.store.load(TENANT).generation == MAX_COUNTER - 1
+    process.shared.data._entries.clear()  # as a store refuses what is above that
+    assert process.invalidate() == (Invalidated(1), True)
+    assert process.store.load(TENANT).generation == 1
+    assert process.store.load(TENANT).verified
 
 
 def test_an_unexpected_error_of_the_repetition_ends_no_poll_and_is_tried_again(

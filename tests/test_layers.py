@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from external_oms.testing import ConfigAPIEmulator
+
 PACKAGE = "external_oms"
 SOURCE = Path(__file__).parents[1] / "src" / PACKAGE
 
@@ -24,11 +26,10 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("cache",),
     ("heartbeat", "operations"),
     ("wiring",),
-    ("sdk",),
+    ("sdk", "override"),
     ("provider",),
     ("webhook",),
     ("__init__",),
-    ("emulated",),
     ("emulator",),
     ("testing",),
     ("pytest_plugin", "web"),
@@ -40,15 +41,14 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 FOREIGN: dict[str, tuple[str, ...]] = {
     "cachetools": ("stores.memory",),
     "click": ("cli",),
-    "flask": ("web", "emulator", "emulated"),
+    "flask": ("web", "emulator"),
     "gunicorn": ("web", "cli"),
     "itsdangerous": ("web",),
     "jinja2": ("web",),
     "flask_wtf": ("web",),
     "limits": ("web",),
     "markupsafe": ("web",),
-    "openfeature": ("resolution", "provider", "sdk", "testing", "pytest_plugin", "web"),
-    "platformdirs": ("cli",),
+    "openfeature": ("resolution", "provider", "sdk", "override", "web"),
     "prometheus_client": ("web.metrics", "web.serving"),
     "pydantic": ("tenants", "settings", "auth"),
     "pydantic_core": ("settings_errors",),
@@ -56,9 +56,8 @@ FOREIGN: dict[str, tuple[str, ...]] = {
     "pytest": ("pytest_plugin",),
     "redis": ("stores.redis_client",),
     "requests": ("transport", "auth", "client", "wiring", "provider"),
-    "rich": ("cli",),
     "urllib3": ("transport",),
-    "werkzeug": ("web", "emulator", "emulated"),
+    "werkzeug": ("web", "emulator"),
 }
 """Every foreign library and the modules that may import it, anywhere in their code."""
 
@@ -72,6 +71,9 @@ LATE_ONLY = (
     "prometheus_client",
     "gunicorn",
     "pytest",
+    "requests",
+    "urllib3",
+    "cachetools",
 )
 """What `import external_oms` must not import."""
 
@@ -197,6 +199,30 @@ def test_importing_the_package_brings_nothing_that_is_not_used_yet() -> None:
         f"import {PACKAGE}; print(*[name for name in {LATE_ONLY!r} if name in sys.modules and name not in before])"
     )
     done = subprocess.run([sys.executable, "-I", "-c", script], capture_output=True, text=True, timeout=30, check=True)
+    assert done.stdout.split() == []
+
+
+def test_no_worker_imports_what_the_thread_that_makes_the_provider_can_import(
+    external_oms_api: ConfigAPIEmulator,
+) -> None:
+    """A child that is forked while another thread imports keeps the lock of that module for ever."""
+    given = {
+        "tenant": external_oms_api.tenants[0],
+        "base_url": external_oms_api.base_url,
+        "token_url": external_oms_api.token_url,
+        **external_oms_api.tenant_settings().model_dump(include={"client_id"}),
+    }
+    secret = external_oms_api.tenant_settings().client_secret
+    assert secret is not None
+    script = (
+        f"import sys; import {PACKAGE}\n"
+        f"provider = {PACKAGE}.ExternalOMSProvider({PACKAGE}.Settings(**{given!r}, client_secret=sys.argv[1]))\n"
+        "before = set(sys.modules)\n"
+        "provider.enabled(); provider.invalidate(); provider.refresh(); provider.shutdown()\n"
+        "print(*sorted(set(sys.modules) - before))"
+    )
+    command = [sys.executable, "-I", "-c", script, secret.get_secret_value()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.split() == []
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from functools import partial
 
 import pytest
 
+from external_oms import operations
 from external_oms.cache import CacheStore
 from external_oms.config import Document, Reading
 from external_oms.entry import PACE_BURST, PACE_SECONDS
@@ -23,7 +25,7 @@ from external_oms.errors import (
     WriteError,
     WriteOutcomeUnknown,
 )
-from external_oms.operations import READ_BACK_PAUSES_SECONDS, READ_BACK_SECONDS, DeliveryResult, Operations
+from external_oms.operations import READ_BACK_PAUSES_SECONDS, READ_BACK_SECONDS, DeliveryResult, HistoryPage, Operations
 from external_oms.policy import Freshness
 from external_oms.records import Cause, Event
 from external_oms.stores.fallback import Fallback
@@ -377,6 +379,23 @@ def test_the_history_is_newest_first_of_one_tenant_or_all_and_goes_on_from_a_row
     assert {row.tenant for row in desk.operations.history(tenant=OTHER)} == {OTHER}
     assert desk.operations.history(limit=1) == every[:1]
     assert desk.operations.history(before=every[0].id) == every[1:]
+
+
+def test_the_history_is_filtered_and_goes_on_where_a_page_ended(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    search = desk.operations.search_history
+    for number in range(1, 41):
+        cause = Cause.DELIVERY if number % 2 else Cause.WRITE
+        desk.store.append(Event(datetime.now(UTC), TENANT, cause, actor=f"Ada {number % 4}"))
+    assert [event.id for event in search(limit=2).events] == [40, 39]
+    found = search(cause=Cause.WRITE, actor="ADA 2", limit=4)
+    assert ([event.id for event in found.events], found.next) == ([38, 34, 30, 26], 26)
+    rest = search(cause=Cause.WRITE, actor="ada 2", limit=100, before=found.next)
+    assert ([event.id for event in rest.events][:2], len(rest.events), rest.next) == ([22, 18], 6, None)
+    assert search(cause=Cause.STORE) == HistoryPage([], None)
+
+    monkeypatch.setattr(operations, "SCAN_ROWS", 5)
+    monkeypatch.setattr(operations, "MAX_SCANNED_ROWS", 10)
+    assert search(cause=Cause.STORE) == HistoryPage([], 31), "a request looks through so many rows"
 
 
 def test_the_value_that_a_lagging_replica_answers_after_a_write_is_not_kept_for_long(desk: Desk) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import dataclasses
+import gc
 import json
 import logging
 import os
@@ -32,7 +33,7 @@ from openfeature.exception import (
     ProviderNotReadyError,
     TypeMismatchError,
 )
-from openfeature.flag_evaluation import FlagEvaluationDetails, Reason
+from openfeature.flag_evaluation import FlagEvaluationDetails, FlagResolutionDetails, Reason
 from openfeature.hook import Hook, HookContext, HookHints
 from openfeature.provider import FeatureProvider, ProviderStatus
 from openfeature.provider._registry import ProviderRegistry
@@ -47,7 +48,6 @@ from external_oms import (
     WriteConflict,
     wiring,
 )
-from external_oms import provider as provider_module
 from external_oms.config import Document, Reading
 from external_oms.emulator import ConfigAPIEmulator, Fault
 from external_oms.entry import Entry, Snapshot
@@ -840,21 +840,28 @@ def test_without_settings_it_reads_the_environment(api: ConfigAPIEmulator, monke
 # -- quiet -----------------------------------------------------------------------------------------------------------
 
 
-class Outage:
+class Timed:
     """A provider on a clock that stands still until told, over a config API that is a variable."""
 
-    def __init__(self, clock: FakeClock, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.says: bool | Exception = True
+    def __init__(self, clock: FakeClock, monkeypatch: pytest.MonkeyPatch, **more: object) -> None:
+        self.says: bool | Exception | Document | Callable[[], bool] = True
+        self.reads = 0
         self.hand = Hand(clock)
         monkeypatch.setattr(wiring, "_read", self._read)
         monkeypatch.setattr(wiring, "Scheduler", lambda **_: self.hand)
-        monkeypatch.setattr(provider_module, "build_service", partial(wiring.build_service, clock=clock))
-        self.provider = ExternalOMSProvider(Settings(tenant=TENANT, access_token="t"))
+        monkeypatch.setattr(wiring, "build_service", partial(wiring.build_service, clock=clock))
+        self.provider = ExternalOMSProvider(Settings(tenant=TENANT, access_token="t", **more))
 
     def _read(self, clients: object, tenant: str, etag: str | None) -> Reading:
+        self.reads += 1
         if isinstance(self.says, Exception):
             raise self.says
-        return Reading(Document(self.says))
+        if isinstance(self.says, Document):
+            return Reading(self.says)
+        return Reading(Document(self.says() if callable(self.says) else self.says))
+
+    def details(self) -> FlagResolutionDetails[bool]:
+        return self.provider.resolve_boolean_details(FLAG_KEY, False)
 
     def last(self, seconds: int) -> None:
         for _ in range(seconds):
@@ -873,7 +880,7 @@ class Outage:
 def test_an_outage_of_two_hours_is_a_handful_of_lines(
     clock: FakeClock, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, deliveries: bool
 ) -> None:
-    outage = Outage(clock, monkeypatch)
+    outage = Timed(clock, monkeypatch)
     with caplog.at_level(logging.INFO):
         outage.provider.initialize(EvaluationContext())
         outage.last(60)
@@ -898,7 +905,7 @@ def test_an_outage_of_two_hours_is_a_handful_of_lines(
 def test_an_api_that_flaps_is_a_line_for_each_change(
     clock: FakeClock, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    outage = Outage(clock, monkeypatch)
+    outage = Timed(clock, monkeypatch)
     outage.provider.initialize(EvaluationContext())
     with caplog.at_level(logging.INFO):
         for _ in range(5):
@@ -907,3 +914,189 @@ def test_an_api_that_flaps_is_a_line_for_each_change(
             outage.says = True
             outage.last(40)
     assert len(caplog.records) == 10
+
+
+# -- invalidations and failures over time ----------------------------------------------------------------------------
+
+
+def test_a_second_invalidation_before_a_read_makes_no_evaluation_wait(
+    clock: FakeClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed = Timed(clock, monkeypatch, ttl_seconds=300, refresh="lazy")
+    assert timed.details().reason is Reason.STATIC
+    timed.hand.advance(100.0)
+    timed.provider.invalidate()
+    timed.provider.invalidate()
+    assert timed.details().reason is Reason.STALE
+
+
+def test_values_move_forward_though_a_delivery_overtakes_every_read(
+    clock: FakeClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed = Timed(clock, monkeypatch, refresh="lazy")
+    assert timed.details().value is True
+
+    def overtaken() -> bool:
+        timed.provider.invalidate()
+        return False
+
+    timed.says = overtaken
+    timed.provider.invalidate()
+    timed.details()  # causes the read
+    details = timed.details()
+    assert (details.value, details.reason) == (False, Reason.STALE)
+
+
+def test_in_an_outage_the_configured_answer_is_given_without_waiting(
+    clock: FakeClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def hang() -> bool:
+        clock.advance(5.0)
+        raise Unavailable("no complete response within 5 s")
+
+    timed = Timed(clock, monkeypatch, when_expired="on")
+    timed.says = hang
+    timed.provider.initialize(EvaluationContext())
+    reads = timed.reads
+    for _ in range(120):
+        timed.hand.advance(1.0)
+        began = clock.monotonic()
+        details = timed.details()
+        assert (details.value, details.reason, clock.monotonic() - began) == (True, Reason.DEFAULT, 0.0)
+    assert timed.reads > reads + 3, "the background tries on"
+
+
+def test_one_updated_at_in_the_future_blocks_no_later_answer(clock: FakeClock, monkeypatch: pytest.MonkeyPatch) -> None:
+    timed = Timed(clock, monkeypatch, refresh="lazy")
+    timed.says = Document(True, updated_at=datetime(2099, 1, 1, tzinfo=UTC))
+    assert timed.details().value is True
+    timed.says = Document(False, updated_at=datetime(2026, 1, 1, tzinfo=UTC))
+    assert timed.provider.refresh().enabled is False
+
+
+def test_an_invalidation_ends_our_own_back_off_whatever_short_waits_the_api_asked_for(
+    clock: FakeClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("random.SystemRandom.random", lambda _: 0.999)
+    timed = Timed(clock, monkeypatch, refresh="lazy")
+    assert timed.details().value is True
+    timed.says = Unavailable("answered 503", status=503, retry_after_seconds=1.0)
+    for _ in range(6):
+        with pytest.raises(Unavailable):
+            timed.provider.refresh()
+        timed.hand.advance(1.5)
+    reads = timed.reads
+    timed.details()
+    assert timed.reads == reads, "our own back-off is longer than the wait that the API asked for"
+    timed.says = False
+    timed.provider.invalidate()
+    timed.details()
+    assert (timed.reads, timed.details().value) == (reads + 1, False)
+
+
+def test_entries_that_were_replaced_are_not_kept(make: Make) -> None:
+    provider = make(ttl_seconds=1e6)
+    provider.refresh()
+
+    def alive() -> int:
+        gc.collect()
+        return sum(isinstance(one, Entry) for one in gc.get_objects())
+
+    before = alive()
+    for _ in range(20):
+        provider.refresh()
+    assert alive() < before + 10
+
+
+# -- odd values ------------------------------------------------------------------------------------------------------
+
+
+class Odd:
+    """Equal to nothing and hashed as a tenant; its text raises."""
+
+    def __eq__(self, other: object) -> bool:
+        raise ValueError("no comparison")
+
+    def __hash__(self) -> int:
+        return hash(TENANT)
+
+    def __str__(self) -> str:
+        raise ValueError("no text")
+
+    __repr__ = __str__
+
+
+def test_a_tenant_that_cannot_be_compared_or_printed_is_an_invalid_context(make: Make) -> None:
+    provider = make()
+    openfeature.set_provider_and_wait(provider)
+    context = EvaluationContext(attributes={"tenant": Odd()})  # type: ignore[dict-item]  # what is tested
+    client = openfeature.get_client()
+    assert client.get_boolean_value(FLAG_KEY, False) is True
+    assert client.get_boolean_details(FLAG_KEY, False, context).error_code is ErrorCode.INVALID_CONTEXT
+    details = asyncio.run(client.get_boolean_details_async(FLAG_KEY, False, context))
+    assert details.error_code is ErrorCode.INVALID_CONTEXT
+    with pytest.raises(TenantError):
+        provider.enabled(Odd())  # type: ignore[arg-type]  # what is tested
+
+
+def test_a_context_without_attributes_names_no_tenant(make: Make) -> None:
+    context = EvaluationContext(attributes=None)  # type: ignore[arg-type]  # what is tested
+    assert make().resolve_boolean_details(FLAG_KEY, False, context).value is True
+
+
+@pytest.mark.parametrize("key", [5, None, Odd, ["x"]])
+def test_a_key_that_is_no_text_is_not_found(make: Make, key: Any) -> None:  # noqa: ANN401 - what is tested
+    with pytest.raises(FlagNotFoundError):
+        make().resolve_boolean_details(key, False)
+
+
+@pytest.mark.parametrize("value", ["off", 0, None])
+def test_what_is_no_boolean_is_not_written(api: ConfigAPIEmulator, make: Make, value: Any) -> None:  # noqa: ANN401 - what is tested
+    with pytest.raises(TypeError, match="True or False"):
+        make().set_enabled(value)
+    assert api.writes() == 0
+
+
+def test_an_invalidation_by_a_handler_of_events_is_taken(
+    api: ConfigAPIEmulator, make: Make, dispatched: Dispatched
+) -> None:
+    provider = make()
+    openfeature.set_provider_and_wait(provider)
+    wait_until(lambda: provider._open)
+
+    def invalidate(_: object) -> None:
+        provider.invalidate()
+
+    openfeature.add_handler(ProviderEvent.PROVIDER_CONFIGURATION_CHANGED, invalidate)
+    api.set_enabled(TENANT, False)
+    provider.invalidate()
+    wait_until(lambda: provider.state().generation == 2)
+    wait_until(lambda: provider.state().freshness == "fresh")
+    assert provider.enabled() is False
+
+
+def test_a_shutdown_by_a_subscriber_ends_everything(api: ConfigAPIEmulator, make: Make) -> None:
+    provider = make()
+    assert provider.enabled() is True
+    provider.service.cache.changes.subscribe(lambda _: provider.shutdown())
+    provider.invalidate()
+    wait_until(lambda: not [name for name in threads_since(set()) if name.startswith("external-oms-")])
+    with pytest.raises(ProviderNotReadyError):
+        provider.resolve_boolean_details(FLAG_KEY, False)
+
+
+@pytest.mark.parametrize("seconds", [-1e7, 1e9, -1.7e9])
+def test_a_wall_clock_that_is_set_makes_no_answer_older_or_younger(
+    clock: FakeClock, monkeypatch: pytest.MonkeyPatch, seconds: float
+) -> None:
+    timed = Timed(clock, monkeypatch)
+    timed.provider.initialize(EvaluationContext())
+    timed.hand.advance(10.0)
+    before = timed.provider.state()
+    clock.set_wall(clock.wall() + seconds)
+    assert timed.provider.state() == before
+    timed.says = False
+    timed.provider.invalidate()
+    assert timed.provider.state().enabled is False
+    timed.hand.advance(60.0)
+    assert timed.details().reason is Reason.CACHED

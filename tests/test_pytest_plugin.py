@@ -7,12 +7,13 @@ import asyncio
 import pytest
 from openfeature import api
 from openfeature.evaluation_context import EvaluationContext
-from openfeature.provider import AbstractProvider, ProviderStatus
+from openfeature.exception import ProviderFatalError
+from openfeature.provider import ProviderStatus
 from openfeature.provider.in_memory_provider import InMemoryFlag, InMemoryProvider
 from openfeature.provider.no_op_provider import NoOpProvider
 
 from external_oms.config import FLAG_KEY
-from external_oms.testing import Override, override_enabled
+from external_oms.testing import override_enabled
 
 pytestmark = pytest.mark.usefixtures("_fresh_registry")
 
@@ -42,6 +43,13 @@ class Watched(InMemoryProvider):
 
     def shutdown(self) -> None:
         self.calls.append("shutdown")
+
+
+class NeverReady(Watched):
+    """A provider that the SDK takes for one that cannot evaluate."""
+
+    def initialize(self, evaluation_context: EvaluationContext) -> None:
+        raise ProviderFatalError
 
 
 def _enabled(tenant: str | None = None, domain: str | None = None) -> bool:
@@ -101,6 +109,26 @@ def test_a_provider_that_the_test_sets_meanwhile_stays() -> None:
     assert api.get_client().provider is replaced
 
 
+def test_an_override_holds_for_a_provider_that_is_set_or_cleared_after_it() -> None:
+    replaced = Watched()
+    with override_enabled(True):
+        api.set_provider_and_wait(replaced)
+        assert _enabled()
+        api.clear_providers()
+        assert _enabled()
+        api.set_provider(NeverReady())
+        assert _enabled()
+    assert replaced.calls == ["initialize", "shutdown"]
+
+
+def test_a_provider_that_is_set_for_a_domain_after_the_override_is_overridden() -> None:
+    with override_enabled(True, domain="oms"):
+        api.set_provider_and_wait(Watched())
+        api.set_provider_and_wait(Watched(), "oms")
+        assert (_enabled(domain="oms"), _enabled(domain="other"), _enabled()) == (True, False, False)
+    assert not _enabled(domain="oms")
+
+
 def test_a_domain_is_overridden_by_itself() -> None:
     api.set_provider_and_wait(Watched())
     api.set_provider_and_wait(Watched(), "oms")
@@ -116,10 +144,6 @@ def test_without_a_provider_the_override_stands_alone() -> None:
         assert _enabled()
     assert isinstance(api.get_client().provider, NoOpProvider)
     assert not _enabled()
-
-
-def test_an_override_is_a_provider_like_any() -> None:
-    assert issubclass(Override, AbstractProvider)
 
 
 USERS_TESTS = """
@@ -159,6 +183,61 @@ USERS_TESTS = """
 """
 
 
+APP_TESTS = """
+    import pytest
+    from flask import Flask
+    from openfeature import api
+
+    from external_oms import ExternalOMSProvider
+    from external_oms.web import ExternalOMS
+
+    @pytest.fixture(autouse=True)
+    def environment(external_oms_api, monkeypatch):
+        for name, value in external_oms_api.environment().items():
+            monkeypatch.setenv(name, value)
+        yield
+        api.shutdown()
+
+    def create_app():
+        app = Flask(__name__)
+        ExternalOMS(app)
+
+        @app.get("/owner")
+        def owner():
+            return {"external": api.get_client().get_boolean_value("external_oms_enabled", False)}
+
+        return app
+
+    def external(app):
+        return app.test_client().get("/owner").get_json()["external"]
+
+    def test_the_app_is_created_after_it(external_oms_enabled):
+        external_oms_enabled(True)
+        app = create_app()
+        assert external(app) is True
+        external_oms_enabled(False)
+        assert external(app) is False
+
+    @pytest.fixture
+    def app():
+        return create_app()
+
+    def test_the_app_is_created_before_it(app, external_oms_enabled):
+        assert external(app) is False
+        external_oms_enabled(True)
+        assert external(app) is True
+
+    def test_the_app_is_created_before_it_and_another_one_after_it(app, external_oms_enabled):
+        external_oms_enabled(True)
+        assert external(create_app()) is True
+        assert external(app) is True
+
+    def test_it_ends_with_the_test(app):
+        assert external(app) is False
+        assert isinstance(api.get_client().provider, ExternalOMSProvider)
+"""
+
+
 # The plugins of this repository's own tests, which a user need not have and which cost seconds to import.
 QUICK = [option for name in ("schemathesis", "hypothesispytest", "anyio") for option in ("-p", f"no:{name}")]
 
@@ -172,12 +251,20 @@ def test_the_fixtures_work_in_a_users_tests_one_process_or_several(pytester: pyt
 
 
 @pytest.mark.timeout(180)
+def test_the_flag_is_set_for_an_app_created_before_or_after_the_fixture_is_used(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(APP_TESTS)
+    result = pytester.runpytest_subprocess(*QUICK, timeout=150)
+    result.assert_outcomes(passed=4)
+
+
+@pytest.mark.timeout(180)
 def test_the_plugin_brings_nothing_of_the_server_until_a_fixture_is_used(pytester: pytest.Pytester) -> None:
     pytester.makepyfile("""
         import sys
 
-        def test_nothing_heavy(pytestconfig):
+        def test_nothing_heavy(pytestconfig, external_oms_enabled):
             assert pytestconfig.pluginmanager.hasplugin("external_oms")
+            external_oms_enabled(True)
             heavy = {"flask", "werkzeug", "redis", "standardwebhooks", "prometheus_client", "click"}
             assert not heavy & set(sys.modules)
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
+import subprocess
 import sys
+import sysconfig
 import tomllib
 import urllib.request
+import venv
 from pathlib import Path
 
 from tests.support.ports import free_port
@@ -57,10 +61,31 @@ def test_the_application_answers_the_request_as_printed(tmp_path: Path) -> None:
     assert json.loads(expected) == {"external": True}
 
 
-def test_what_is_installed_from_a_checkout_exists() -> None:
-    ((command, given),) = commands("pip")
-    extra = re.fullmatch(r"\.\[(\w+)\]", given)
-    assert command == "install"
-    assert extra is not None
+def test_the_package_is_installed_from_a_checkout_as_printed(tmp_path: Path) -> None:
+    """What the package rests on comes from the environment of the tests, so that no package index is asked."""
+    (given,) = commands("pip")
+    venv.create(tmp_path / "venv")
+    python = tmp_path / "venv" / "bin" / "python"
+    (site_packages,) = tmp_path.glob("venv/lib/python*/site-packages")
+    (site_packages / "tests.pth").write_text(sysconfig.get_path("purelib"), encoding="utf-8")
+    offline = {"PIP_NO_INDEX": "1", "PIP_NO_BUILD_ISOLATION": "0", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+    installed = subprocess.run(
+        [python, "-m", "pip", *given],
+        cwd=ROOT,
+        env={**os.environ, **offline},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert installed.returncode == 0, installed.stderr
+    (extra,) = re.findall(r"\[(\w+)\]", given[-1])
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    assert extra[1] in project["optional-dependencies"]
+    satisfied = set(re.findall(r"^requirement already satisfied: ([\w-]+)", installed.stdout.lower(), re.MULTILINE))
+    requirements = (*project["dependencies"], *project["optional-dependencies"][extra])
+    assert {re.split("[<>=]", requirement)[0].lower() for requirement in requirements} <= satisfied
+    code = "import external_oms.web; print(external_oms.__file__)"
+    printed = subprocess.check_output([python, "-I", "-c", code], cwd=tmp_path, text=True)
+    assert Path(printed.strip()) == site_packages / "external_oms" / "__init__.py"
+    command = subprocess.check_output([python.with_name("external-oms"), "--version"], cwd=tmp_path, text=True)
+    assert project["version"] in command

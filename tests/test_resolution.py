@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from typing import Any, get_args
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from openfeature.exception import FlagNotFoundError, GeneralError, TypeMismatchError
 from openfeature.flag_evaluation import FlagResolutionDetails, Reason
@@ -182,7 +182,6 @@ def test_details_become_a_dictionary_and_json() -> None:
     assert json.loads(json.dumps(shared().flag_metadata)) == shared().flag_metadata
 
 
-@settings(deadline=None)
 @given(st.sampled_from(sorted(shared().flag_metadata)), st.none() | st.text() | st.integers())
 def test_changing_the_metadata_changes_nothing_for_others(name: str, value: object) -> None:
     details, untouched = shared(), dict(shared().flag_metadata)

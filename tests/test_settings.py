@@ -197,6 +197,24 @@ def test_each_tenant_takes_what_it_leaves_out_from_the_top_but_never_credentials
         (ONE | {"store": 7}, "store", "must be text"),
         (ONE | {"webhook_secrets": f'["{SECRET}'}, "webhook_secrets", "JSON or separated by commas"),
         (ONE | {"webhook_secrets": {SECRET: 1}}, "webhook_secrets", "must be a list"),
+        (ONE | {"webhook_api_keys": "[" * 100_000}, "webhook_api_keys", "JSON or separated by commas"),
+        ({"tenants": '{"a":' * 100_000}, "tenants", "must be JSON"),
+        (ONE | {"history_rows": 10**30}, "history_rows", "must be 1e+09 or less"),
+        (ONE | {"webhook_per_minute": 10**30}, "webhook_per_minute", "must be 1e+09 or less"),
+        (ONE | {"ttl_seconds": 10**400}, "ttl_seconds", "must be seconds"),
+        (ONE | {"ttl_seconds": float("nan")}, "ttl_seconds", "finite"),
+        (ONE | {"store_bound_seconds": 1e-9}, "store_bound_seconds", "must be 0.1 or more"),
+        (ONE | {"webhook_tolerance_seconds": 3600}, "webhook_tolerance_seconds", "must be 1800 or less"),
+        (ONE | {"base_url": "https://h.example:99999"}, "base_url", "port"),
+        (ONE | {"base_url": "https://h.example:http"}, "base_url", "port"),
+        (ONE | {"base_url": "https://{tennant}.example"}, "base_url", "{tenant}"),
+        (ONE | {"token_url": "https://id.example/{tenant/token"}, "token_url", "{tenant}"),
+        (ONE | {"scope": "read\nwrite"}, "scope", "printable ASCII"),
+        ({"tenants": {"b": {"access_token": SECRET, "scope": "\ud800"}}}, "tenants.b.scope", "printable ASCII"),
+        ({"tenant": "acme", "client_id": "i", "client_secret": SECRET + "\udcff"}, "client_secret", "not UTF-8"),
+        (ONE | {"session_secret": SECRET + "\udcff"}, "session_secret", "not UTF-8"),
+        ({"tenant": "\uff41cme", "access_token": SECRET}, "tenant", "not a tenant's name"),
+        ({"tenant": 5, "access_token": SECRET}, "tenant", "must be text"),
     ],
 )
 def test_what_is_wrong_is_refused_with_its_name_and_what_is_allowed(
@@ -270,18 +288,28 @@ def test_an_unknown_name_in_the_file_is_refused(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setenv("EXTERNAL_OMS_CONFIG_FILE", str(file))
     error = _refused(**ONE)
     assert error.setting == "tennant"
-    assert str(error) == f"tennant: no such setting (in {file}); did you mean `tenant`?"
+    assert str(error) == f"tennant: no such setting (in {file}, line 1); did you mean `tenant`?"
 
 
 @pytest.mark.parametrize(
     ("content", "given", "said"),
     [
-        ('ttl_seconds = "30s"', {}, "ttl_seconds: '30s' given (in {file}); must be seconds"),
-        ("webhook_secrets = 7", {}, "webhook_secrets: is wrong (in {file}); must be a list"),
+        ('ttl_seconds = "30s"', {}, "ttl_seconds: '30s' given (in {file}, line 1); must be seconds"),
+        ("webhook_secrets = 7", {}, "webhook_secrets: is wrong (in {file}, line 1); must be a list"),
         (
             "[external_oms]\nttl_seconds = 30",
             {},
-            "external_oms: no such setting (in {file}); settings stand at the top",
+            "external_oms: no such setting (in {file}, line 1); settings stand at the top",
+        ),
+        (
+            'tenants.b.access_token = "t"\n\n[tenants.a]\n"base-url" = 7',
+            {},
+            "tenants.a.base-url: no such setting (in {file}, line 4); did you mean `base_url`?",
+        ),
+        (
+            "[tenants.a]\nbase_url = 7\n[tenants.b]\nbase_url = 'https://b'",
+            {},
+            "tenants.a.base_url: '7' given (in {file}); must be text",
         ),
         ("ttl_seconds = 60", {"ttl_seconds": "30s"}, "ttl_seconds: '30s' given; must be seconds"),
     ],

@@ -94,6 +94,10 @@ def test_the_tolerance_is_what_was_set() -> None:
         ({"webhook-timestamp": "-1780000000"}, "whole seconds"),
         ({"webhook-timestamp": "١٧٨٠٠٠٠٠٠٠"}, "whole seconds"),
         ({"webhook-timestamp": "9" * 400}, "whole seconds"),
+        (
+            {"webhook-timestamp": f"0{int(NOW)}"},
+            "whole seconds",
+        ),  # the signature is that of the number without the zero
         ({"webhook-timestamp": str(int(NOW) + 1)}, "no configured secret"),
         ({"webhook-signature": ""}, "no configured secret"),
         ({"webhook-signature": "v1"}, "no configured secret"),
@@ -227,10 +231,3 @@ def test_the_library_of_the_standard_verifies_what_is_signed_here_and_the_other_
     signed = library.sign(f"msg_{number}", datetime.fromtimestamp(now, tz=UTC), body.decode())
     theirs = headers | {"webhook-signature": signed}
     assert verify(body, theirs, secrets=[secret], tolerance_seconds=300, now_wall=now).entry == 1
-
-
-def test_a_timestamp_is_signed_as_it_was_sent() -> None:
-    headers = _signed()
-    headers["webhook-timestamp"] = "0" + headers["webhook-timestamp"]
-    with pytest.raises(SignatureError, match="no configured secret"):
-        _verify(headers)

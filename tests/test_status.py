@@ -7,7 +7,7 @@ import threading
 from datetime import UTC, datetime
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from external_oms.entry import Entry, Failure, Snapshot
@@ -140,7 +140,6 @@ def test_tenants_stand_each_for_itself() -> None:
     assert tracker.observe(evaluation(Freshness.FRESH, tenant="alive")) is None
 
 
-@settings(deadline=None)
 @given(st.lists(st.sampled_from([READY, STALE, ERROR, UNKNOWN])))
 def test_edges_join_end_to_end_and_the_last_is_where_the_tenant_stands(evaluations: list[Evaluation]) -> None:
     tracker = StatusTracker()

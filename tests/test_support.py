@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ast
+import select
 import socket
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +17,7 @@ from tests.support.clock import FakeClock
 from tests.support.ports import free_port
 from tests.support.servers import read_until, started
 from tests.support.waiting import wait_until
+from tests.support.watching import watched
 
 TESTS = Path(__file__).parent
 
@@ -108,6 +112,22 @@ def test_an_error_of_the_condition_ends_the_waiting() -> None:
 
     with pytest.raises(LookupError):
         wait_until(condition)
+
+
+def test_a_call_that_may_wait_is_seen_and_others_are_not() -> None:
+    event, lock = threading.Event(), threading.Lock()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        assert watched(lambda: socket.create_connection(server.getsockname()).close())[1]
+    for waiting in (lambda: event.wait(0.0), lambda: time.sleep(0.0), lambda: select.select([], [], [], 0.0)):
+        assert watched(waiting)[1] != []
+
+    def quick() -> str:
+        with lock:
+            event.set()
+        assert event.wait()
+        return "done"
+
+    assert watched(quick) == ("done", [])
 
 
 def test_a_free_port_is_given_once() -> None:

@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from email.utils import format_datetime
+from importlib.metadata import requires
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +24,7 @@ import pytest
 import requests
 from hypothesis import given
 from hypothesis import strategies as st
+from packaging.requirements import Requirement
 from pydantic import SecretStr
 from requests.adapters import BaseAdapter, HTTPAdapter
 
@@ -657,3 +659,11 @@ def test_a_retry_after_is_seconds_or_a_date_and_is_capped(header: str | None, ex
 def test_no_retry_after_raises_or_leaves_its_bounds(header: str, now: float, cap: float) -> None:
     wait = parse_retry_after(header, now_wall=now, cap_seconds=cap)
     assert wait is None or (0 <= wait <= cap and not math.isnan(wait))
+
+
+def test_no_release_of_requests_is_allowed_whose_adapters_do_not_ask_for_a_watched_connection() -> None:
+    """requests calls `get_connection_with_tls_context` from 2.32.2 on; before that no deadline would hold."""
+    assert hasattr(HTTPAdapter, "get_connection_with_tls_context")
+    needed = [Requirement(line) for line in requires("openfeature-provider-external-oms") or ()]
+    (allowed,) = [one.specifier for one in needed if one.name == "requests" and one.marker is None]
+    assert not any(allowed.contains(version) for version in ("2.31.0", "2.32.0", "2.32.1"))

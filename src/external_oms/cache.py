@@ -223,7 +223,9 @@ class Cache:
             if len(self.tenants) == 1:
                 return self.tenants[0]
             raise TenantError(None, "several tenants are configured and the call names none; name it as `tenant`")
-        raise TenantError(str(name)[:80], f"tenant {str(name)[:80]!r} is not configured")
+        if not isinstance(name, str):  # its text may be long, or may raise
+            raise TenantError(None, f"a tenant's name is a text, and not of type {type(name).__name__}")
+        raise TenantError(name[:80], f"tenant {name[:80]!r} is not configured")
 
     # -- evaluate ---------------------------------------------------------------------------------------------------
 
@@ -233,9 +235,9 @@ class Cache:
         evaluation, flight = self._evaluate_or_join(state)
         until = self._deadline()
         while flight is not None:
-            if not self.runner.wait(flight.done, until - self._clock.monotonic()):
+            if not self.runner.wait(flight.served, until - self._clock.monotonic()):
                 return self._evaluate(state, failing=True)
-            evaluation, flight = self._after_flight(state, flight, until)
+            evaluation, flight = self._after_wait(state, flight, until)
         return evaluation
 
     async def lookup_async(self, tenant: str) -> Evaluation:
@@ -244,9 +246,9 @@ class Cache:
         evaluation, flight = self._evaluate_or_join(state)
         until = self._deadline()
         while flight is not None:
-            if not await _wait_async(flight.done, until - self._clock.monotonic()):
+            if not await _wait_async(flight.served, until - self._clock.monotonic()):
                 return self._evaluate(state, failing=True)
-            evaluation, flight = self._after_flight(state, flight, until)
+            evaluation, flight = self._after_wait(state, flight, until)
         return evaluation
 
     def peek(self, tenant: str) -> Evaluation:
@@ -282,11 +284,14 @@ class Cache:
             self._plan(state)
             return evaluation, None
         flight = self._join(state, generation=entry.generation, newer_than=last_token(entry))
+        if not answered and not flight.done.done() and state.loaded.entry is not entry:  # published a moment ago
+            evaluation = self._evaluate(state)
+            answered = evaluation.servable is not None
         return evaluation, None if answered else flight
 
-    def _after_flight(self, state: _Tenant, flight: Flight, until: float) -> tuple[Evaluation, Flight | None]:
-        """Return the evaluation after a flight, and the next flight to wait for where there is still nothing."""
-        error = flight.done.result(0)
+    def _after_wait(self, state: _Tenant, flight: Flight, until: float) -> tuple[Evaluation, Flight | None]:
+        """Return the evaluation, and the flight to wait for where there is still nothing to serve."""
+        error = flight.done.result(0) if flight.done.done() else None
         evaluation = self._evaluate(state, failing=error is not None)
         if evaluation.servable is not None:
             return self._from_api(evaluation, flight), None
@@ -344,6 +349,7 @@ class Cache:
             return state.loaded.entry
 
     def _publish(self, state: _Tenant, evaluation: Evaluation) -> None:
+        """Tell the subscribers of a change, and serve the evaluations that wait."""
         with state.lock:
             before = state.published
             if evaluation.entry is not state.loaded.entry:
@@ -360,6 +366,9 @@ class Cache:
             if snapshot is not None:  # a store that lost the value does not change it
                 state.enabled = snapshot.enabled
             self.changes.enqueue(Change(state.tenant, ChangeKind.VALUE if changed else ChangeKind.STATE, evaluation))
+            flights = state.flights if evaluation.servable is not None else []
+        for flight in flights:
+            flight.serve()
         self.changes.flush()
 
     # -- read -------------------------------------------------------------------------------------------------------
@@ -375,6 +384,8 @@ class Cache:
                 state.flight = state.next_flight = None
                 flight.end(_shut_down())
                 return flight
+            if flight.served.done() and not flight.done.done():
+                flight.served = Future()  # the value that was served meanwhile may be served no longer
         if starts:
             self.runner.submit(partial(self._fly, state, flight))
         return flight
@@ -388,11 +399,11 @@ class Cache:
             with state.lock:
                 flight.parked = True
             self.runner.at((state.tenant, "flight"), self._clock.monotonic() + pause, partial(self._resume, state))
-            return
-        with state.lock:
-            following = state.detach(flight)
-        if following is not None:
-            self.runner.submit(partial(self._fly, state, following))
+        else:
+            with state.lock:
+                following = state.detach(flight)
+            if following is not None:
+                self.runner.submit(partial(self._fly, state, following))
         self._sync(state)
 
     def _resume(self, state: _Tenant) -> None:
@@ -610,7 +621,7 @@ class Cache:
         self._closed = True
         for state in self._states.values():
             with state.lock:
-                flights = [flight for flight in (state.flight, state.next_flight) if flight is not None]
+                flights = state.flights
                 state.flight = state.next_flight = None
             for flight in flights:  # first: a read that is broken off from here on says nothing of the API
                 flight.end(_shut_down())
@@ -637,7 +648,7 @@ def _set(woken: asyncio.Future[None]) -> None:
         woken.set_result(None)
 
 
-async def _wait_async(future: Future[ReadError | None], seconds: float) -> bool:
+async def _wait_async(future: Future[None], seconds: float) -> bool:
     """Wait for a future without blocking the event loop; a waiter that is cancelled cancels nobody else's flight."""
     loop = asyncio.get_running_loop()
     woken: asyncio.Future[None] = loop.create_future()

@@ -18,6 +18,7 @@ from external_oms.entry import Entry, Failure, Lease, Snapshot
 from external_oms.records import Cause, Event, Member
 
 __all__ = [
+    "MAX_COUNTER",
     "MAX_NUMBER",
     "MalformedError",
     "decode_entry",
@@ -31,6 +32,10 @@ __all__ = [
 MAX_NUMBER = 1 << 52
 """The largest generation, token or id: JSON readers in other languages hold numbers up to 2^53 exactly, and a number of
 milliseconds since 1970 stays below it for 140,000 years."""
+
+MAX_COUNTER = MAX_NUMBER >> 1
+"""The end of an entry's generation and token. No count of ours comes near it; an entry with a number that was forged is
+given up when that reaches the end, and its numbers begin again."""
 
 MAX_INSTANT_SECONDS = 1e11
 """The largest instant, in seconds from zero: three thousand years, with microseconds to spare in a float."""
@@ -106,10 +111,10 @@ def decode_entry(text: str | bytes) -> Entry:
     """
     fields = _object(text)
     entry = Entry(
-        generation=_number(fields, "generation"),
+        generation=_number(fields, "generation", end=MAX_COUNTER),
         invalidated_at=_optional(fields, "invalidated_at", _instant),
         stale_since=_optional(fields, "stale_since", _instant),
-        token=_number(fields, "token"),
+        token=_number(fields, "token", end=MAX_COUNTER),
         paced_until=_instant(fields, "paced_until", 0.0),
         snapshot=_part(fields, "snapshot", _snapshot),
         failure=_part(fields, "failure", _failure),
@@ -295,10 +300,10 @@ def _get(fields: Mapping[str, Any], name: str, default: Any) -> Any:  # noqa: AN
     return found
 
 
-def _number(fields: Mapping[str, Any], name: str, default: int = 0) -> int:
+def _number(fields: Mapping[str, Any], name: str, default: int = 0, end: int = MAX_NUMBER) -> int:
     found = _get(fields, name, default)
-    if type(found) is not int or not 0 <= found < MAX_NUMBER:
-        raise MalformedError(f"{name} is not a whole number between 0 and 2^52")
+    if type(found) is not int or not 0 <= found < end:
+        raise MalformedError(f"{name} is not a whole number below {end}")
     return found
 
 

@@ -58,11 +58,11 @@ def parse_document(body: bytes) -> Document:
         body: The raw body; its size is bounded by the caller.
 
     Raises:
-        MalformedAnswer: The body is not JSON, not an object, `enabled` is missing or not a JSON boolean, or
-            `updated_at` is there and not an RFC 3339 instant.
+        MalformedAnswer: The body is not JSON, not an object, an object has two members of one name, `enabled` is
+            missing or not a JSON boolean, or `updated_at` is there and not an RFC 3339 instant.
     """
     try:
-        top = json.loads(body)
+        top = json.loads(body, object_pairs_hook=_members)
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
         raise MalformedAnswer("the config API's answer is not JSON; is config_path right?") from error
     if not isinstance(top, dict):
@@ -75,6 +75,13 @@ def parse_document(body: bytes) -> Document:
         found = "missing" if "enabled" not in holder else f"a JSON {_json_type(enabled)}"
         raise MalformedAnswer(f"`enabled` in the config API's answer must be true or false; it is {found}")
     return Document(enabled=enabled, updated_at=_updated_at(top.get("updated_at")))
+
+
+def _members(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    members = dict(pairs)
+    if len(members) < len(pairs):  # readers disagree on which of them counts (RFC 8259 section 4)
+        raise MalformedAnswer("the config API's answer has two members of one name")
+    return members
 
 
 def _updated_at(given: object) -> datetime | None:

@@ -35,7 +35,7 @@ from typing import Generic, Protocol, TypeVar
 
 from external_oms.config import Reading
 from external_oms.errors import LaggingAnswer, MalformedAnswer
-from external_oms.records import Cause, Event
+from external_oms.records import FIRST_VALUE, Cause, Event
 
 __all__ = [
     "BackedOff",
@@ -177,7 +177,7 @@ class Entry:
         failure: The last failure, where the last read failed.
         lease: The last lease that was granted, until its result is stored.
         verified: Whether the entry is known to be the one in the shared store. A process that could not check, for
-            example after a fork, serves the value as stale. Never stored.
+            example after a fork, serves the value as stale until it is read. Never stored.
     """
 
     generation: int = 0
@@ -544,7 +544,7 @@ def commit(  # noqa: PLR0913 - what a read leaves, each part by its name
     if known is not None and _is_older(snapshot, known) and moment.now - known.read_at < hard_limit_seconds:
         snapshot = _extend(known, entry, lease, read_at=read_at, lifetime_seconds=lifetime_seconds, ttl=ttl_seconds)
         overtaken_at = entry.stale_since
-    stored = replace(entry, snapshot=snapshot, failure=None, lease=None, stale_since=overtaken_at)
+    stored = replace(entry, snapshot=snapshot, failure=None, lease=None, stale_since=overtaken_at, verified=True)
     ended_at = fetched_at + timedelta(seconds=latency_seconds)
     return Change(stored, snapshot, _read_events(entry, snapshot, tenant, ended_at, latency_seconds))
 
@@ -600,7 +600,7 @@ def _read_events(
                 cause=Cause.CHANGED,
                 enabled=snapshot.enabled,
                 latency_seconds=latency_seconds,
-                detail="first value" if entry.snapshot is None else "the value changed",
+                detail=FIRST_VALUE if entry.snapshot is None else "the value changed",
             )
         )
     return tuple(events)

@@ -48,7 +48,15 @@ __all__ = [
 
 
 class ExternalOMSError(Exception):
-    """The base of all errors that this package raises on purpose."""
+    """The base of all errors that this package raises on purpose. They can be copied and pickled."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # by its text and attributes: the constructors of some errors make the text of other arguments
+        return _restored, (type(self), self.args), self.__dict__
+
+
+def _restored(kind: type[ExternalOMSError], args: tuple[object, ...]) -> ExternalOMSError:
+    return kind.__new__(kind, *args)
 
 
 class SettingsError(ExternalOMSError):

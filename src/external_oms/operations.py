@@ -19,7 +19,7 @@ from external_oms.records import Cause, Event
 from external_oms.signals import Signal
 from external_oms.stores.base import Store
 
-__all__ = ["DeliveryResult", "Operations", "Writer"]
+__all__ = ["DeliveryResult", "HistoryPage", "Operations", "Writer"]
 
 logger = logging.getLogger("external_oms")
 
@@ -32,6 +32,12 @@ seconds."""
 
 READ_BACK_SECONDS = 20.0
 """After how many seconds no further read begins: the caller waits for the answer, behind proxies that wait 30 to 60."""
+
+SCAN_ROWS = 500
+"""How many rows of history a filter asks the store for at once."""
+
+MAX_SCANNED_ROWS = 10_000
+"""How many rows of history one filtered page looks through at most; the next page goes on from there."""
 
 _READ_BACK = {
     True: "written and read back",
@@ -65,6 +71,19 @@ class DeliveryResult:
     duplicate: bool
     refreshed: bool
     enabled: bool | None
+
+
+@dataclass(frozen=True, slots=True)
+class HistoryPage:
+    """A page of history.
+
+    Attributes:
+        events: The rows, newest first.
+        next: What `before` is for the following page; None where there are no older rows.
+    """
+
+    events: Sequence[Event]
+    next: int | None
 
 
 class Operations:
@@ -205,6 +224,42 @@ class Operations:
             before: Only rows with a lower id than this.
         """
         return self._store.history(tenant=tenant, limit=limit, before=before)
+
+    def search_history(
+        self,
+        *,
+        tenant: str | None = None,
+        limit: int = 100,
+        before: int | None = None,
+        cause: Cause | None = None,
+        actor: str = "",
+    ) -> HistoryPage:
+        """Return a page of history, newest first, with only the rows that match.
+
+        Args:
+            tenant: Only of this tenant.
+            limit: The most rows, >= 1. A page with fewer rows may have a following page all the same, because at most
+                `MAX_SCANNED_ROWS` rows are looked through.
+            before: Only rows with a lower id than this.
+            cause: Only rows of this cause.
+            actor: Only rows whose actor contains this text; case does not matter.
+        """
+        events: list[Event] = []
+        wanted, scanned = actor.casefold(), 0
+        size = SCAN_ROWS if cause or wanted else limit + 1
+        while True:
+            rows = self._store.history(tenant=tenant, limit=size, before=before)
+            for row in rows:
+                if (cause is None or row.cause is cause) and wanted in row.actor.casefold():
+                    if len(events) == limit:
+                        return HistoryPage(events, events[-1].id)
+                    events.append(row)
+            scanned += len(rows)
+            if len(rows) < size:
+                return HistoryPage(events, None)
+            before = rows[-1].id
+            if scanned >= MAX_SCANNED_ROWS:
+                return HistoryPage(events, before)
 
     def _wrote(self, tenant: str, enabled: bool | None, actor: str, reason: str, began: float, outcome: str) -> None:
         self._store.append(

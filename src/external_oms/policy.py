@@ -228,7 +228,10 @@ def refresh_at(entry: Entry, *, now: float, random: float, spread_seconds: float
         foreign: Whether another process read the snapshot. The process that read it reads it again first.
     """
     ends = stale_at(entry)
-    if ends is None or entry.snapshot is None or entry.failure is not None or ends <= now:
+    is_lost = not entry.verified and is_current(
+        entry
+    )  # the store does not have the value, so nobody else reads it again
+    if ends is None or entry.snapshot is None or entry.failure is not None or ends <= now or is_lost:
         return max(now, retry_at(entry)) + herd_jitter_seconds(spread_seconds, random)
     lifetime_seconds = max(0.0, ends - entry.snapshot.read_at)
     if foreign and spread_seconds > 0 and lifetime_seconds < SHORT_LIFETIME_SECONDS:

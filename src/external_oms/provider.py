@@ -7,9 +7,8 @@ import os
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-import requests
 from openfeature.evaluation_context import EvaluationContext
 from openfeature.event import ProviderEvent, ProviderEventDetails
 from openfeature.exception import ErrorCode, GeneralError, InvalidContextError, ProviderNotReadyError
@@ -26,7 +25,11 @@ from external_oms.sdk import repair_after_fork, status_in_sdk
 from external_oms.settings import Settings
 from external_oms.status import StatusTracker, TenantStatus
 from external_oms.stores.base import Store
-from external_oms.wiring import Service, build_service
+
+if TYPE_CHECKING:
+    import requests
+
+    from external_oms.wiring import Service
 
 __all__ = ["ExternalOMSProvider"]
 
@@ -84,6 +87,10 @@ class ExternalOMSProvider(AbstractProvider):
         store: Store | None = None,
     ) -> None:
         super().__init__()
+        # Half of what importing the package would take. This thread imports it, and not the first worker: a child that
+        # is forked during an import keeps the lock of the module for ever.
+        from external_oms.wiring import build_service  # noqa: PLC0415
+
         self.service: Service = build_service(
             Settings() if settings is None else settings, session=session, store=store
         )
@@ -131,7 +138,7 @@ class ExternalOMSProvider(AbstractProvider):
             try:
                 hot = self._hot[attributes.get(ATTRIBUTE) if attributes else None]  # type: ignore[index]  # any attribute may be asked for
                 until, versions, index, version, details = hot
-            except (KeyError, TypeError):  # nothing was fresh so far, or an unhashable tenant, which is refused below
+            except Exception:  # noqa: BLE001, S110 - nothing was fresh so far, or a tenant of an odd type, refused below
                 pass
             else:
                 monotonic = self._monotonic  # loaded apart from its call, which CPython specializes
@@ -154,7 +161,7 @@ class ExternalOMSProvider(AbstractProvider):
         """Return the details that were built for the last fresh evaluation, where they still hold."""
         try:
             hot = self._hot.get(tenant)
-        except TypeError:  # an unhashable tenant, refused later
+        except Exception:  # noqa: BLE001 - a tenant of an odd type, refused later
             return None
         if hot is not None:
             until, versions, index, version, details = hot
@@ -167,7 +174,8 @@ class ExternalOMSProvider(AbstractProvider):
         if self._shut:
             raise ProviderNotReadyError("the provider was shut down")
         try:
-            return self._cache.tenant_of(context.attributes.get(ATTRIBUTE) if context is not None else None)
+            attributes = context.attributes if context is not None else None
+            return self._cache.tenant_of(attributes.get(ATTRIBUTE) if attributes else None)
         except TenantError as error:
             raise InvalidContextError(str(error)) from error
 
@@ -275,7 +283,10 @@ class ExternalOMSProvider(AbstractProvider):
             TenantError: No tenant is named where several are configured, or it is unknown.
             WriteError: The API refused the value, or no answer came and it could not be read back.
             ReadError: The write was not sent: no token, no connection, or the API asked to wait.
+            TypeError: The value is not a boolean; nothing was written.
         """
+        if not isinstance(value, bool):  # the API might take "off" for true
+            raise TypeError(f"the flag is True or False, and not of type {type(value).__name__}")
         name = self._cache.tenant_of(tenant)
         return self.service.operations.set_enabled(name, enabled=value, actor="application")
 

@@ -1,4 +1,4 @@
-"""The fixtures for users' tests; nothing of the server is imported before one of them is used."""
+"""The pytest fixtures for users' tests. The emulator, and Flask with it, is imported when its fixture is used."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Protocol
 
 import pytest
 
+from external_oms.override import override_enabled
+
 if TYPE_CHECKING:
     from external_oms.testing import ConfigAPIEmulator
 
@@ -15,17 +17,17 @@ __all__ = ["SetEnabled", "external_oms_api", "external_oms_enabled"]
 
 
 class SetEnabled(Protocol):
-    """What `external_oms_enabled` gives."""
+    """The value of the fixture `external_oms_enabled`."""
 
     def __call__(self, value: bool, tenant: str | None = None, *, domain: str | None = None) -> None:
-        """Let the flag have this value until the test ends; see `external_oms.testing.override_enabled`."""
+        """Set the flag until the test ends; the arguments are those of `external_oms.testing.override_enabled`."""
         ...  # pragma: no cover - a Protocol's body never runs
 
 
 @pytest.fixture
 def external_oms_api() -> Iterator[ConfigAPIEmulator]:
-    """The config API of the tenant `acme-staging` on loopback, started; it stops when the test ends."""
-    from external_oms.testing import ConfigAPIEmulator  # noqa: PLC0415 - Flask comes in with the first use
+    """A running emulator of the config API of the tenant `acme-staging`; it stops when the test ends."""
+    from external_oms.testing import ConfigAPIEmulator  # noqa: PLC0415 - imports Flask
 
     with ConfigAPIEmulator() as emulator:
         yield emulator
@@ -33,9 +35,7 @@ def external_oms_api() -> Iterator[ConfigAPIEmulator]:
 
 @pytest.fixture
 def external_oms_enabled() -> Iterator[SetEnabled]:
-    """Set `external_oms_enabled` for this test: `external_oms_enabled(True)`, or for one tenant by `tenant=`."""
-    from external_oms.testing import override_enabled  # noqa: PLC0415 - as above
-
+    """Set the flag for this test, before or after the application is created: `external_oms_enabled(True)`."""
     with ExitStack() as overrides:
 
         def set_enabled(value: bool, tenant: str | None = None, *, domain: str | None = None) -> None:

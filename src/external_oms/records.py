@@ -6,10 +6,13 @@ from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
 
-__all__ = ["MEMBER_SECONDS", "Cause", "Event", "Member"]
+__all__ = ["FIRST_VALUE", "MEMBER_SECONDS", "Cause", "Event", "Member"]
 
 MEMBER_SECONDS = 60.0
 """How long a store lists a member after its last report, in seconds: six reports of 10 s may get lost."""
+
+FIRST_VALUE = "first value"
+"""The detail of a `CHANGED` event before which no value was known."""
 
 
 class Cause(StrEnum):

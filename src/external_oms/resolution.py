@@ -148,7 +148,7 @@ def refuse_key(flag_key: str) -> None:
         FlagNotFoundError: The key is another.
     """
     if flag_key != FLAG_KEY:
-        raise FlagNotFoundError(f"this provider resolves {FLAG_KEY!r} only, not {flag_key[:80]!r}")
+        raise FlagNotFoundError(f"this provider resolves {FLAG_KEY!r} only, not {str(flag_key)[:80]!r}")
 
 
 def refuse_type(flag_key: str, asked: str) -> NoReturn:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -31,6 +31,7 @@ from external_oms.tenants import (
     check_secret,
     is_tenant_name,
     safe_path,
+    safe_scope,
     safe_url,
 )
 
@@ -63,7 +64,7 @@ def _mapped(given: object) -> object:
 def _json(text: str, otherwise: str) -> object:
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ValueError(otherwise) from None  # json's own error holds the text, which may hold secrets
 
 
@@ -73,12 +74,24 @@ Texts = Annotated[tuple[str, ...], NoDecode, Listed]
 # thirty years at the most: the system cannot wait for three hundred
 Seconds = Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)]
 SecondsOrNone = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1, le=1_000_000_000)]
 
 
-def _file_of(setting: str, keywords: Mapping[str, object]) -> str | None:
-    """Return the TOML file if a setting comes from there, since neither a keyword nor the environment has it."""
-    elsewhere = setting in keywords or f"{ENV_PREFIX}{setting}".upper() in os.environ
-    return None if elsewhere else os.environ.get(CONFIG_FILE_VARIABLE)
+def _file_of(place: Sequence[int | str], keywords: Mapping[str, object]) -> str | None:
+    """Return the TOML file, and the line if it is clear, where neither a keyword nor the environment has the setting.
+
+    Args:
+        place: The names that lead to the setting.
+        keywords: The settings given by keyword.
+    """
+    setting, file = str(place[0]), os.environ.get(CONFIG_FILE_VARIABLE)
+    if file is None or setting in keywords or f"{ENV_PREFIX}{setting}".upper() in os.environ:
+        return None
+    name = next(part for part in reversed(place) if isinstance(part, str) and not part.startswith("function-"))
+    defined = re.compile(rf"""\s*\[?(?:[\w"'-]+\.)*["']?{re.escape(name)}["']?\s*[=\]]""")
+    lines = Path(file).expanduser().read_text(encoding="utf-8").splitlines()
+    numbers = [number for number, line in enumerate(lines, start=1) if defined.match(line)]
+    return f"{file}, line {numbers[0]}" if len(numbers) == 1 else file
 
 
 class _TomlFile(PydanticBaseSettingsSource):
@@ -128,12 +141,14 @@ class Settings(BaseSettings):
         max_concurrent_reads: Reads at once in one process, over all tenants. 16: a few hanging tenants leave room.
         store: How far an invalidation reaches: `memory://`, `sqlite:////path/state.db`, `redis://…`.
         store_prefix: Prefix of every key in Redis.
-        store_bound_seconds: In a fleet, the longest that a lost invalidation stays unseen. 5.
+        store_bound_seconds: In a fleet, the longest that a lost invalidation stays unseen by a process that reaches
+            Redis, 0.1 or more. 5.
         history_rows: How many rows of history are kept per store. 10000.
         history_seconds: And for how long. 30 days.
         webhook_secrets: Standard Webhooks secrets (`whsec_…`); several while rotating.
         webhook_api_keys: Keys that a sender of deliveries may show as a bearer instead; 8 characters or more.
-        webhook_tolerance_seconds: How far a delivery's timestamp may be off. 300, as Standard Webhooks asks.
+        webhook_tolerance_seconds: How far a delivery's timestamp may be off, at most 1800. 300, as Standard Webhooks
+            asks.
         webhook_max_bytes: The largest delivery. 65536; the specification asks senders to stay under 20 kB.
         webhook_per_minute: How many deliveries of one tenant, and how many refused ones of one address, are taken
             a minute.
@@ -154,6 +169,9 @@ class Settings(BaseSettings):
         session_secret: Signs session cookies. Not set: made up at each start, so that logins end with the server; set
             the same one at every host of a fleet.
         session_seconds: How long a login lasts. 8 hours: a shift.
+        environment: What this server is for, such as `production`: a word on every page. None: no word.
+        environment_color: Its colour: `red`, `amber`, `green`, `blue`, `purple` or `gray`. None: by the word, red for
+            production, amber for staging and tests, blue for anything else.
         insecure: Start without credentials; on loopback only.
     """
 
@@ -190,19 +208,21 @@ class Settings(BaseSettings):
     # As JSON too it shows no password.
     store: Annotated[str, PlainSerializer(str, when_used="json")] = StoreURL("memory://")
     store_prefix: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:-]{1,64}$")] = "external_oms"
-    store_bound_seconds: Seconds = 5.0
-    history_rows: Annotated[int, Field(ge=1)] = 10_000
+    # not below 0.1: the pauses between two tries of a process that Redis does not answer are a part of it
+    store_bound_seconds: Annotated[float, Field(ge=0.1, le=1e9, allow_inf_nan=False)] = 5.0
+    history_rows: Count = 10_000
     history_seconds: Seconds = 30 * 86_400.0
 
     webhook_secrets: Secrets = ()
     webhook_api_keys: Secrets = ()
-    webhook_tolerance_seconds: Seconds = 300.0
+    # at most half of the time for which stores remember a delivery id: a replay within the tolerance is then known
+    webhook_tolerance_seconds: Annotated[float, Field(gt=0, le=1800, allow_inf_nan=False)] = 300.0
     webhook_max_bytes: Annotated[int, Field(ge=1, le=16 * 1024 * 1024)] = 65_536
 
-    webhook_per_minute: Annotated[int, Field(ge=1)] = 6000
+    webhook_per_minute: Count = 6000
     max_waiters_per_tenant: Annotated[int, Field(ge=0, le=4096)] = 16
-    writes_per_minute: Annotated[int, Field(ge=1)] = 60
-    logins_per_minute: Annotated[int, Field(ge=1)] = 10
+    writes_per_minute: Count = 60
+    logins_per_minute: Count = 10
     api_keys: Texts = ()
     dashboard: bool = True
     metrics_open: bool = False
@@ -211,6 +231,8 @@ class Settings(BaseSettings):
     proxies: Annotated[int, Field(ge=0, le=16)] = 0
     session_secret: SecretStr | None = None
     session_seconds: Seconds = 8 * 3600.0
+    environment: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._-]{0,31}$")] | None = None
+    environment_color: Literal["red", "amber", "green", "blue", "purple", "gray"] | None = None
     insecure: bool = False
 
     def __init__(self, **given: Any) -> None:  # noqa: ANN401 - pydantic's own constructor takes anything and checks it
@@ -226,7 +248,7 @@ class Settings(BaseSettings):
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             # Without pydantic's error: it may quote the input, which may be a secret.
-            raise settings_error(first, fields, file=_file_of(str(first["loc"][0]), given)) from None
+            raise settings_error(first, fields, file=_file_of(first["loc"], given)) from None
         self._refuse_contradictions()
 
     @classmethod
@@ -327,6 +349,11 @@ class Settings(BaseSettings):
     @classmethod
     def _safe_url(cls, given: str) -> str:
         return safe_url(given)
+
+    @field_validator("scope")
+    @classmethod
+    def _safe_scope(cls, given: str) -> str:
+        return safe_scope(given)
 
     @field_validator("config_path")
     @classmethod

@@ -75,7 +75,7 @@ def settings_error(first: ErrorDetails, fields: Iterable[str], *, file: str | No
     Args:
         first: The complaint.
         fields: The names of the settings.
-        file: The TOML file, if the setting comes from there.
+        file: The TOML file, and the line where it is known, if the setting comes from there.
     """
     place = [str(part) for part in first["loc"] if not str(part).startswith("function-")]
     setting, kind, source = ".".join(place) or "settings", first["type"], f" (in {file})" if file else ""

@@ -22,8 +22,9 @@ _SECRET_PREFIX = "whsec_"  # noqa: S105 - the public prefix of every secret
 _SECRET_BYTES = range(24, 65)
 
 _ID = re.compile(r"[\x21-\x7e]{1,256}")
-_TIMESTAMP = re.compile(r"[0-9]{1,11}")
-"""Whole seconds since the epoch; eleven digits reach the year 5138, and `datetime` still takes them."""
+_TIMESTAMP = re.compile(r"0|[1-9][0-9]{0,10}")
+"""Whole seconds since the epoch, in the one form that is signed: without zeros before it. Eleven digits reach the year
+5138, and `datetime` still takes them."""
 
 _MAX_SIGNATURES_LENGTH = 4096
 """Characters of `webhook-signature`: a rotation sends two signatures of 47; this leaves room for eighty."""

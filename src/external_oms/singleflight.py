@@ -87,12 +87,14 @@ class Flight:
         forced: Whether only a read that starts after the last caller joined will do.
         newer_than: The fencing token that a result must exceed.
         generation: The generation under which the read runs; None until it starts.
-        token: The fencing token of the read, where this process made it.
+        token: The fencing token of the read, where this process makes it.
         until: The instant at which the flight gives up.
         contended_since: When it first found that another process holds the lease.
         dead_holder: A holder of the lease that has ended.
         parked: Whether it waits for the lease, the pace or the store.
         done: The error with which the flight ended, or None.
+        served: Done when the flight ends, and as soon as a value may be served meanwhile: by another read, for example
+            one that was overtaken by an invalidation. Evaluations wait for it.
     """
 
     __slots__ = (
@@ -103,6 +105,7 @@ class Flight:
         "generation",
         "newer_than",
         "parked",
+        "served",
         "token",
         "until",
     )
@@ -117,11 +120,18 @@ class Flight:
         self.dead_holder: str | None = None
         self.parked = False
         self.done: Future[ReadError | None] = Future()
+        self.served: Future[None] = Future()
 
     def end(self, error: ReadError | None) -> None:
         """Wake the waiters, unless the flight has ended before."""
         with suppress(InvalidStateError):
             self.done.set_result(error)
+        self.serve()
+
+    def serve(self) -> None:
+        """Wake the evaluations that wait; those wait on that require a result of the flight."""
+        with suppress(InvalidStateError):
+            self.served.set_result(None)
 
 
 class Slot:
@@ -141,6 +151,11 @@ class Slot:
         self.lock = threading.Lock()
         self.flight: Flight | None = None
         self.next_flight: Flight | None = None
+
+    @property
+    def flights(self) -> list[Flight]:
+        """The flights that have not ended; read it under the lock."""
+        return [flight for flight in (self.flight, self.next_flight) if flight is not None]
 
     def detach(self, flight: Flight) -> Flight | None:
         """Remove a flight that has ended, and return the flight that starts now; call it under the lock."""
@@ -250,7 +265,7 @@ class Reader:
             return self._park(flight, STORE_RETRY_SECONDS, f"the store could not grant the read: {error}")
         if isinstance(outcome, Granted):
             with slot.lock:
-                flight.generation = outcome.lease.generation
+                flight.generation, flight.token = outcome.lease.generation, outcome.lease.token
             return self._read(slot, flight, outcome)
         if isinstance(outcome, Satisfied | BackedOff):
             failure = outcome.failure
@@ -325,8 +340,6 @@ class Reader:
             with slot.lock:
                 flight.generation = None
             return self._park(flight, LOST_LEASE_SECONDS, "the lease was lost before the result could be stored")
-        if isinstance(stored, Snapshot):
-            flight.token = lease.token
         flight.end(error_of(stored, now=self._clock.monotonic()) if isinstance(stored, Failure) else None)
         self.ended.send(ReadEnd(slot.tenant, before, stored, latency_seconds))
         return None

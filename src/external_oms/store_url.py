@@ -112,9 +112,11 @@ def _check_redis(url: str, scheme: str) -> None:
     options, example = _REDIS[scheme]
     escapes = "in a password or an option, write @ as %40, / as %2F, ? as %3F, and # as %23"
     malformed = ValueError(f"its host or port is malformed; such as {example}; {escapes}")
+    authority = re.split("[/?#]", url.partition("://")[2], maxsplit=1)[0]
+    hosts = authority.rpartition("@")[2].split(",")
     try:
-        parts = urlsplit(url)
-        hosts = parts.netloc.rpartition("@")[2].split(",")
+        # one host at a time: of several, newer Pythons refuse one in brackets
+        parts = urlsplit(url.replace(authority, hosts[0], 1))
         ports = [urlsplit(f"//{host}").port for host in hosts]  # raises for what is no port
     except ValueError:
         raise malformed from None

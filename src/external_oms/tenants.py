@@ -22,6 +22,7 @@ __all__ = [
     "is_loopback",
     "is_tenant_name",
     "safe_path",
+    "safe_scope",
     "safe_url",
 ]
 
@@ -54,10 +55,17 @@ def safe_url(given: str) -> str:
 
     Raises:
         ValueError: It is not https, and not http on loopback either; or it has a query, a fragment, credentials, white
-            space or a control character.
+            space or a control character; its port is none, or a brace is left where `{tenant}` is replaced.
     """
     _refuse_white_space(given)  # urlsplit drops some of it before anything else can look
-    parts = urlsplit(given.replace("{tenant}", "tenant"))
+    filled = given.replace("{tenant}", "tenant")
+    if "{" in filled or "}" in filled:
+        raise ValueError("must have no braces but those of {tenant}")
+    parts = urlsplit(filled)
+    try:
+        _ = parts.port
+    except ValueError:
+        raise ValueError("must have a port between 0 and 65535, or none") from None
     if not parts.hostname or parts.query or parts.fragment or parts.username or parts.password:
         raise ValueError("must be an absolute URL without query, fragment or credentials")
     if parts.scheme != "https" and not (parts.scheme == "http" and is_loopback(parts.hostname)):
@@ -74,6 +82,17 @@ def safe_path(given: str) -> str:
     _refuse_white_space(given)
     if not given.startswith("/") or given.startswith("//") or "?" in given or "#" in given or ".." in given:
         raise ValueError("must be an absolute path, such as /v0/config/external_oms")
+    return given
+
+
+def safe_scope(given: str) -> str:
+    """Return scopes that a form can hold.
+
+    Raises:
+        ValueError: They are not printable ASCII (RFC 6749 section 3.3).
+    """
+    if not given.isascii() or (given and not given.isprintable()):
+        raise ValueError("must be scopes of printable ASCII, separated by spaces")
     return given
 
 
@@ -112,6 +131,11 @@ class TenantSettings(BaseModel):
     @classmethod
     def _safe_url(cls, given: str) -> str:
         return safe_url(given)
+
+    @field_validator("scope")
+    @classmethod
+    def _safe_scope(cls, given: str) -> str:
+        return safe_scope(given)
 
     @field_validator("config_path")
     @classmethod
@@ -171,7 +195,7 @@ def check_header_text(setting: str, text: str, *, entry: int | None = None) -> N
 
 
 def check_secret(setting: str, text: str, *, entry: int | None = None) -> None:
-    """Refuse a secret that is empty, or begins or ends with white space: it would be compared or sent as it is.
+    """Refuse a secret that is empty or not UTF-8, or begins or ends with white space: it is compared and sent as it is.
 
     Args:
         setting: The setting's name.
@@ -184,6 +208,10 @@ def check_secret(setting: str, text: str, *, entry: int | None = None) -> None:
     which = "" if entry is None else f"entry {entry} "
     if not text:
         raise SettingsError(setting, f"{which}is empty")
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # the environment can hold bytes that are not UTF-8
+        raise SettingsError(setting, f"{which}is not UTF-8; was a key of random bytes not encoded?") from None
     if text != text.strip():
         raise SettingsError(
             setting,

@@ -33,7 +33,7 @@ def session_of(server: Served) -> str:
     line = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
     line.request("GET", "/login")
     asked = line.getresponse()
-    token = re.search(r'name="form_token" value="([^"]+)"', asked.read().decode())
+    token = re.search(r'name="csrf_token" value="([^"]+)"', asked.read().decode())
     assert token
     form = urlencode({"csrf_token": token.group(1), "key": KEYS["viewer"]})
     cookie = (asked.headers["Set-Cookie"] or "").partition(";")[0]

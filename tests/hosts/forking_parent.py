@@ -20,10 +20,9 @@ from openfeature import api
 from openfeature.event import EventDetails, ProviderEvent
 
 from external_oms import FLAG_KEY, ExternalOMSError, ExternalOMSProvider
-from tests.support.waiting import wait_until
+from tests.support.waiting import PATIENCE_SECONDS, wait_until
 
 CHILDREN_AT_ONCE = 2
-PATIENCE_SECONDS = 10.0
 
 
 def child(provider: ExternalOMSProvider, heard: threading.Event, out: int) -> None:
@@ -42,7 +41,7 @@ def child(provider: ExternalOMSProvider, heard: threading.Event, out: int) -> No
 
     if problem is None:
         try:
-            wait_until(invalidated, seconds=PATIENCE_SECONDS)
+            wait_until(invalidated)
         except AssertionError:
             problem = f"no invalidation was seen after generation {generation}"
     if problem is None and not heard.wait(PATIENCE_SECONDS):

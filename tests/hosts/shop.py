@@ -9,6 +9,7 @@ from collections import Counter
 
 from flask import Flask, Response, jsonify, request
 from openfeature import api
+from openfeature.event import EventDetails, ProviderEvent
 
 from external_oms import FLAG_KEY
 from external_oms.web import ExternalOMS
@@ -20,6 +21,18 @@ ExternalOMS(app)
 client = api.get_client()
 
 
+changes = [0]
+"""How many changes of the value this process was told of."""
+
+
+def count(_: EventDetails) -> None:
+    """Count a change."""
+    changes[0] += 1
+
+
+client.add_handler(ProviderEvent.PROVIDER_CONFIGURATION_CHANGED, count)
+
+
 @app.get("/evaluate")
 def evaluate() -> Response:
     """Evaluate so many times; how often which value came for which reason, and in which process."""
@@ -27,7 +40,7 @@ def evaluate() -> Response:
     for _ in range(int(request.args.get("times", "1"))):
         details = client.get_boolean_details(FLAG_KEY, default_value=False)
         answers[f"{'on' if details.value else 'off'} {details.reason}"] += 1
-    return jsonify(pid=os.getpid(), answers=answers)
+    return jsonify(pid=os.getpid(), answers=answers, changes=changes[0])
 
 
 served: dict[int, float] = {}

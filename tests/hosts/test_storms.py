@@ -99,7 +99,7 @@ def test_in_a_short_storm_nothing_old_is_fresh_and_no_delivery_is_lost_or_taken_
     store: str, tmp_path: Path
 ) -> None:
     with placed(store, tmp_path, workers=2) as place:
-        place.rage(3.0, senders=20)
+        place.rage(2.0, senders=20)
 
 
 @pytest.mark.soak
@@ -117,12 +117,12 @@ def test_two_hundred_senders_for_half_a_minute(store: str, tmp_path: Path) -> No
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 16 MB in the place of the store: the log of SQLite takes up to 4 MB of it."""
+    """A file system of 2 MB in the place of the store."""
     if os.geteuid() != 0:
         pytest.skip("only root may mount a file system of its own")
     directory = tmp_path / "store"
     directory.mkdir(mode=0o700)
-    mounting = ["mount", "-t", "tmpfs", "-o", "size=16m,mode=0700", "none", str(directory)]
+    mounting = ["mount", "-t", "tmpfs", "-o", "size=2m,mode=0700", "none", str(directory)]
     if subprocess.run(mounting, check=False, capture_output=True).returncode != 0:
         pytest.skip("this container may not mount a file system")
     try:

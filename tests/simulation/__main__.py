@@ -1,7 +1,8 @@
 """Run the simulation with fresh seeds: `python -m tests.simulation --seconds 60`.
 
 Prints how many histories were played and how many steps they took. The first history that breaks a promise is made
-smaller and told step by step, and the exit status is 1; `--seed` plays one history again.
+smaller and told step by step, and the exit status is 1; `--seed` plays one history again. `--mutants` searches from the
+first seed on for a history that finds each planted defect, and prints its seed, which belongs into `mutants.py`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import secrets
 import sys
 import time
 
+from tests.simulation.mutants import MUTANTS, first_seed
 from tests.simulation.runs import BATCH, Report, broken, shrink, tell, work
 from tests.simulation.world import Choices
 
@@ -38,10 +40,16 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=60.0, help="how long, in seconds")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="how many processes")
     parser.add_argument("--seed", type=int, help="play the history of this seed alone")
+    parser.add_argument("--mutants", action="store_true", help="print the seeds that find the planted defects")
     asked = parser.parse_args()
     logging.disable(logging.CRITICAL)
     if asked.seed is not None:
         explain(asked.seed)
+        return 0
+    if asked.mutants:
+        with multiprocessing.get_context("spawn").Pool(asked.jobs) as pool:
+            for mutant, seed in zip(MUTANTS, pool.imap(first_seed, MUTANTS), strict=True):
+                print(f"{seed}: {mutant.name}", flush=True)
         return 0
     began, histories, steps = time.monotonic(), 0, 0
     first = secrets.randbits(40)

@@ -421,7 +421,7 @@ class FleetMember(Process):
             runner=lambda poll, poll_seconds: CountedRunner(world, self, clock, poll, poll_seconds),
         )
         assert isinstance(self.cache.runner, CountedRunner)
-        self.cache.runner.is_idle = lambda: store.health().ok and not (self.handle.has_changes or store._owed)
+        self.cache.runner.is_idle = lambda: store.health().ok and not (self.handle.has_changes or store._known.owed)
         self.heartbeat = Heartbeat(cache=self.cache, store=store, clock=clock, random=draw, name=lambda: f"m{number}")
 
 

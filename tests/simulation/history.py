@@ -330,7 +330,17 @@ class History:
         for member in self.members:
             if member.alive and not member.frozen and not member.idle:
                 for tenant in self.tenants:
-                    self.check_answer(member, tenant, member.evaluate(tenant, wait=False))
+                    evaluation = member.evaluate(tenant, wait=False)
+                    self.check_answer(member, tenant, evaluation)
+                    self._check_waits(member, tenant, evaluation)
+
+    def _check_waits(self, member: Member, tenant: str, evaluation: Evaluation) -> None:
+        """Check that no evaluation goes on waiting once a value may be served."""
+        runner = member.cache.runner
+        assert isinstance(runner, SimulatedRunner)
+        for name, future in runner.waiting:
+            if name == f"evaluate {tenant}" and evaluation.servable is not None and not future.done():
+                raise Violation(f"P6: {member} goes on waiting for a read although a value may be served")
 
     def check_answer(self, member: Member, tenant: str, evaluation: Evaluation, *, waited: bool = False) -> None:
         """Check an answer that a process gives now."""
@@ -424,6 +434,7 @@ class History:
             self.started_deliveries += 1
             started, self.delivering[tenant] = self.started_deliveries, self.delivering[tenant] + 1
             before = member.evaluate(tenant, wait=False)
+            kept = self._is_kept(tenant, before)
             # from here on the store may take it, and its answer may be lost
             self.attempts[delivery_id] = self.attempts.get(delivery_id, 0) + 1
             result, shared = member.cache.invalidate(tenant, Invalidation(delivery_id=delivery_id))
@@ -458,7 +469,8 @@ class History:
             after = member.evaluate(tenant, wait=False)
             fresh = before.freshness is Freshness.FRESH and before.fresh_until > member.clock.monotonic()
             stale_left = self.windows.stale_while_revalidate_seconds > answered - called
-            if fresh and stale_left and after.servable is None and self.server.losses == losses and not self.slowed:
+            lost = not kept or self.server.losses != losses
+            if fresh and stale_left and after.servable is None and not lost and not self.slowed:
                 raise Violation(f"P1: an invalidation made the fresh value of {member} expire")
             if shared:
                 found = member.cache.wait_for_generation(tenant, result.generation)
@@ -468,6 +480,11 @@ class History:
                         raise Violation(f"P2: {member} answered a delivery as refreshed with a value read before it")
 
         self.world.spawn(member, job, f"deliver {tenant}")
+
+    def _is_kept(self, tenant: str, evaluation: Evaluation) -> bool:
+        """Return whether the store has the value of a process or a later one: processes see a loss only later."""
+        had, stored = evaluation.servable, self.server.entry(tenant).snapshot
+        return not self.server.losses or had is None or (stored is not None and stored.token >= had.token)
 
     def is_healthy(self, tenant: str) -> bool:
         """Return whether nothing has failed so far, and the API of a tenant answers."""
@@ -480,7 +497,8 @@ class History:
 
         def job() -> None:
             called = self.world.now
-            healthy = self.is_healthy(tenant)
+            healthy, api = self.is_healthy(tenant), self.apis[tenant]
+            lagging = api.lag > 0.0
             try:
                 evaluation = member.cache.refresh(tenant)
             except ReadError as error:
@@ -488,7 +506,7 @@ class History:
                     raise Violation(f"P5: {member}: refresh() failed though everything works: {error}") from error
                 return
             snapshot = evaluation.entry.snapshot
-            lagging = self.apis[tenant].lag or self.apis[tenant].mode == "absurd" or member.degraded
+            lagging = lagging or api.lag > 0.0 or api.mode == "absurd" or member.degraded
             if snapshot is None or (
                 self._read_of(snapshot.etag).started < called - EPSILON and not lagging and not self.server.losses
             ):
@@ -580,7 +598,9 @@ def play(choices: Choices, begun: Callable[[History], object] = lambda history: 
     for member in history.members:
         for tenant in history.tenants:
             value = history.apis[tenant].value
-            if member.alive and member.idle and history.background and member.values.get(tenant) is not value:
+            if not (member.alive and member.idle and history.background and member.cache._started):
+                continue  # the child of a process that evaluated nothing has nothing old to serve
+            if member.values.get(tenant) is not value:
                 raise Violation(f"P7: {member}, a forked child, did not follow the store while it was idle")
     last: dict[tuple[int, str], Evaluation] = {}
     for member in history.members:

@@ -231,6 +231,9 @@ class SimulatedRunner:
         clock: Its clock.
         poll: The poll of the cache.
         poll_seconds: Its interval; None: only after `wake`.
+
+    Attributes:
+        waiting: The tasks that wait, by name, and what for.
     """
 
     WORKERS = 4
@@ -252,6 +255,7 @@ class SimulatedRunner:
         self._forget()
 
     def _forget(self) -> None:
+        self.waiting: list[tuple[str, Future[Any]]] = []
         self._jobs: list[Callable[[], None]] = []
         self._busy = 0
         self._due: dict[Hashable, tuple[float, Callable[[], None]]] = {}
@@ -306,7 +310,13 @@ class SimulatedRunner:
         """Wait for a future."""
         if self.on_wait is not None and not future.done():
             self.on_wait()
-        return self.world.wait(future, seconds)
+        waiting = (self.world.task.name if self.world.task is not None else "", future)
+        self.waiting.append(waiting)
+        try:
+            return self.world.wait(future, seconds)
+        finally:
+            if waiting in self.waiting:
+                self.waiting.remove(waiting)
 
     def wake(self) -> None:
         """Poll now."""

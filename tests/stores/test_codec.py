@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from external_oms.codec import (
-    MAX_NUMBER,
+    MAX_COUNTER,
     MAX_TEXT,
     MalformedError,
     decode_entry,
@@ -28,7 +28,7 @@ from external_oms.records import Cause, Event, Member
 from tests.support.clock import FakeClock
 from tests.support.contract import complete, event
 
-NUMBERS = st.integers(0, MAX_NUMBER - 1)
+NUMBERS = st.integers(0, MAX_COUNTER - 1)
 INSTANTS = st.floats(-1e11, 1e11)
 DURATIONS = st.floats(0, 1e9)
 TEXTS = st.text(st.characters(exclude_categories=["Cc", "Cs"]), max_size=50)
@@ -201,7 +201,7 @@ def test_a_field_that_is_missing_has_its_default() -> None:
     ("part", "name", "wrong"),
     [
         (None, "generation", -1),
-        (None, "generation", MAX_NUMBER),
+        (None, "generation", MAX_COUNTER),
         (None, "generation", 1 << 60),
         (None, "generation", 1.0),
         (None, "generation", True),

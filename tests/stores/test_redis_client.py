@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,11 +21,13 @@ from redis.sentinel import SentinelConnectionPool
 
 from external_oms.errors import SettingsError, StoreError
 from external_oms.records import Cause, Event, Member
+from external_oms.stores import redis as redis_module
 from external_oms.stores.redis import RedisStore
-from external_oms.stores.redis_client import client_factory
+from external_oms.stores.redis_client import Client, client_factory
 from tests.support.contract import delivered, invalidated, leased
 from tests.support.ports import free_port
 from tests.support.redis import RedisProxy, RedisServer
+from tests.support.stores import PolledStore
 from tests.support.tls import certificate
 from tests.support.waiting import wait_until
 
@@ -119,10 +123,9 @@ def test_a_slot_that_moves_is_followed_by_changes_and_by_pulls(cluster: list[Red
     """An empty slot moves, so the entry is lost with it, as in a failover that lost everything."""
     url = f"redis+cluster://127.0.0.1:{cluster[0].port}"
     with ExitStack() as stack:
-        one, other = (RedisStore(url, keys={"acme": "acme"}, bound_seconds=1.0) for _ in range(2))
+        one, other = (PolledStore(RedisStore(url, keys={"acme": "acme"}, bound_seconds=1.0)) for _ in range(2))
         for store in (one, other):
             stack.callback(store.close)
-            store.start()
         before = invalidated(one, "acme")
         wait_until(lambda: other.load("acme").generation == before)
         slot = int(str(cluster[0].command("CLUSTER", "KEYSLOT", "{acme}")))
@@ -181,6 +184,29 @@ def test_a_ready_client_can_be_handed_in_and_is_not_closed(directory: Path, deco
         client.close()
 
 
+def test_threads_that_come_first_at_once_make_one_client(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[redis.Redis] = []
+
+    def slow_factory(url: str, *, timeout_seconds: float) -> Callable[[], Client]:
+        make = client_factory(url, timeout_seconds=timeout_seconds)
+
+        def make_slowly() -> Client:
+            together.wait(0.2)  # a second thread would come here too
+            made.append(cast("redis.Redis", make()))
+            return made[-1]
+
+        return make_slowly
+
+    together = threading.Event()
+    monkeypatch.setattr(redis_module, "client_factory", slow_factory)
+    with RedisServer(directory) as server, ThreadPoolExecutor(8) as pool:
+        store = RedisStore(server.url)
+        generations = list(pool.map(lambda _: invalidated(store, "acme"), range(8)))
+        store.close()
+    assert len(set(generations)) == 8
+    assert len(made) == 1
+
+
 def test_one_of_url_and_client_is_needed() -> None:
     with pytest.raises(TypeError, match="not both"):
         RedisStore()
@@ -208,27 +234,27 @@ def test_where_nobody_listens_the_store_says_so(url: str) -> None:
 @pytest.mark.parametrize(
     ("url", "problem"),
     [
-        ("redis://:PASSWORD@h/0?foo=bar", "option that redis-py does not know: foo"),
-        ("redis://h/0?password=PASSWORD&foo=bar", "does not know: foo"),
-        ("redis+cluster://:PASSWORD@h?read_from_replicas=true", "does not know: read_from_replicas"),
-        ("redis+sentinel://:PASSWORD@h/fleet?foo=bar", "does not know: foo"),
-        ("redis://:PASSWORD@h/0?socket_timeout=soon", "a value that cannot be used for the option socket_timeout"),
-        ("rediss://:PASSWORD@h/0?ssl_cert_reqs=perhaps", "cannot be read"),
-        ("redis://:PASSWORD@h:port/0", "a port is a number up to 65535"),
-        ("redis://:PASSWORD@h:65536/0", "a port is a number up to 65535"),
-        ("redis+sentinel://:PASSWORD@h1:port,h2/fleet", "a port is a number up to 65535"),
-        ("redis://:PASSWORD@h/first", "a database is a number"),
-        ("redis+sentinel://:PASSWORD@h/fleet/first", "a database is a number"),
+        ("redis://:PASSWORD@h/0?foo=bar", "`foo` is unknown"),
+        ("redis://h/0?password=PASSWORD&foo=bar", "`foo` is unknown"),
+        ("redis+cluster://:PASSWORD@h?read_from_replicas=true", "`read_from_replicas` is unknown"),
+        ("redis+sentinel://:PASSWORD@h/fleet?foo=bar", "`foo` is unknown"),
+        ("redis://:PASSWORD@h/0?socket_timeout=soon", "`socket_timeout` must be seconds"),
+        ("rediss://:PASSWORD@h/0?ssl_cert_reqs=perhaps", "`ssl_cert_reqs` must be none"),
+        ("redis://:PASSWORD@h:port/0", "port is malformed"),
+        ("redis://:PASSWORD@h:65536/0", "port is malformed"),
+        ("redis+sentinel://:PASSWORD@h1:port,h2/fleet", "port is malformed"),
+        ("redis://:PASSWORD@h/first", "not the number of a database"),
+        ("redis+sentinel://:PASSWORD@h/fleet/first", "not the number of a database"),
         ("redis+cluster://:PASSWORD@h/3", "a cluster has only database 0"),
-        ("redis://:PASS/WORD@h/0", "percent-encoded"),
-        ("redis://:PASS#WORD@h/0", "percent-encoded"),
-        ("redis://:PASS?WORD@h/0", "percent-encoded"),
-        ("redis://:123/PASSWORD@h/0", "percent-encoded"),
-        ("redis://[::1/0", "an IPv6 address stands in brackets"),
-        ("redis+sentinel://:PASSWORD@h", "name the Sentinels and the service"),
-        ("redis+sentinel:///fleet", "name the Sentinels and the service"),
-        ("unix://", "cannot be read"),
-        ("redis", "cannot be read"),
+        ("redis://:PASS/WORD@h/0", "write @ as %40"),
+        ("redis://:PASS#WORD@h/0", "write @ as %40"),
+        ("redis://:PASS?WORD@h/0", "write @ as %40"),
+        ("redis://:123/PASSWORD@h/0", "write @ as %40"),
+        ("redis://[::1/0", "port is malformed"),
+        ("redis+sentinel://:PASSWORD@h", "the name of the service is missing"),
+        ("redis+sentinel:///fleet", "port is malformed"),
+        ("unix://", "the path of the socket is missing"),
+        ("redis", "the scheme is not one of those allowed"),
     ],
 )
 def test_a_url_that_cannot_be_used_is_refused_at_once_and_the_password_is_not_told(url: str, problem: str) -> None:
@@ -252,10 +278,9 @@ def test_the_options_of_a_url_reach_the_client_and_none_lets_it_wait_for_long() 
 
 
 def test_a_url_cannot_change_how_replies_are_read() -> None:
-    client = client_factory("redis://h?decode_responses=True&protocol=3", timeout_seconds=0.5)()
-    assert isinstance(client, redis.Redis)
-    options = client.connection_pool.connection_kwargs
-    assert (options["decode_responses"], options["protocol"]) == (False, 2)
+    for option in ("decode_responses=True", "protocol=3"):
+        with pytest.raises(SettingsError, match="is unknown"):
+            client_factory(f"redis://h?{option}", timeout_seconds=0.5)
 
 
 def test_a_url_of_sentinels_has_credentials_for_the_primary_and_for_the_sentinels() -> None:

@@ -310,7 +310,7 @@ def test_writers_of_others_are_waited_for(store: SqliteStore, path: Path) -> Non
     assert held.wait(20)
     waiting = threading.Thread(target=lambda: results.append(invalidated(store)))
     waiting.start()
-    wait_until(lambda: store._writer.lock.owner is not None)
+    wait_until(lambda: store._writer.owner is not None)
     assert results == []
     release.set()
     waiting.join()
@@ -676,6 +676,13 @@ def test_a_full_disk_is_an_error_of_the_write_alone(store: SqliteStore, path: Pa
     assert set_aside(path) == []
     store.append(row)
     assert store.health().ok
+
+
+def test_the_log_does_not_fill_a_small_disk(store: SqliteStore, path: Path, clock: FakeClock) -> None:
+    """A full disk keeps SQLite from emptying the log, so a log that fills the disk would never be emptied."""
+    for number in range(400):
+        store.append(event(clock, detail=f"{number} {'x' * 2000}"))
+    assert path.with_name("state.db-wal").stat().st_size < 1_000_000
 
 
 # -- storage keys ------------------------------------------------------------------------------------------------------

@@ -26,11 +26,13 @@ from tests.support.contract import TENANT, committed, delivered, event, invalida
 ANSWER = struct.Struct("=Q")
 LEASE_SECONDS = 0.5
 WORKERS = 3
+HISTORY_ROWS = 1_000_000
+"""More than are written, so that the history has a row of each delivery at the end."""
 
 
 def work(path: Path, answers: int) -> None:
     """Invalidate and read as fast as possible; each generation is reported once it was answered."""
-    store = SqliteStore(path)
+    store = SqliteStore(path, history_rows=HISTORY_ROWS)
     number = 0
     while True:
         os.write(answers, ANSWER.pack(invalidated(store)))
@@ -82,7 +84,7 @@ def collected(answers: int, least: int) -> list[int]:
 
 def kill_in_rounds(path: Path, workers: list[int], rounds: int) -> None:
     chance = random.Random(rounds)
-    store = SqliteStore(path)
+    store = SqliteStore(path, history_rows=HISTORY_ROWS)
     answered, answers = os.pipe()
     workers += [forked(lambda: work(path, answers)) for _ in range(WORKERS)]
     for _ in range(rounds):

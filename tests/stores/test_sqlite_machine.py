@@ -136,5 +136,5 @@ class Twins(RuleBasedStateMachine):
         assert self.file.health().ok
 
 
-Twins.TestCase.settings = settings(max_examples=20, stateful_step_count=40, deadline=None)
+Twins.TestCase.settings = settings(max_examples=20, stateful_step_count=40)
 TestTwins = cast("type", Twins.TestCase)

@@ -26,7 +26,7 @@ class Visit:
 
     def login(self, role: str, *, key: str = "") -> None:
         self.page.goto(f"{self.server.url}/login")
-        self.page.get_by_label("Key").fill(key or KEYS[role])
+        self.page.get_by_label("API key").fill(key or KEYS[role])
         self.page.get_by_role("button", name="Log in").click()
 
     def live(self, role: str, path: str = "/") -> None:
@@ -34,7 +34,7 @@ class Visit:
         self.login(role)
         if path != "/":
             self.page.goto(f"{self.server.url}{path}")
-        expect(self.page.locator("#live")).to_have_text("Live")
+        expect(self.page.locator("#live")).to_have_text("Live", use_inner_text=True)
 
 
 Visits = Callable[..., Visit]

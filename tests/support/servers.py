@@ -20,7 +20,6 @@ from typing import IO, Any
 
 import pytest
 
-from external_oms.cli.reaching import environment_of
 from external_oms.emulator import ConfigAPIEmulator
 from external_oms.settings import ENV_PREFIX
 from external_oms.testing import sign_delivery
@@ -213,7 +212,7 @@ def serving(command: Sequence[str], *, log: Path, environ: Mapping[str, str] | N
 def environment(api: ConfigAPIEmulator, *, store: str) -> dict[str, str]:
     """The settings of a process that reads from an emulator and takes signed deliveries."""
     own = {"STORE": store, "WEBHOOK_SECRETS": SECRET}
-    return {f"{ENV_PREFIX}{name}": value for name, value in own.items()} | environment_of(api)
+    return api.environment() | {f"{ENV_PREFIX}{name}": value for name, value in own.items()}
 
 
 @dataclass

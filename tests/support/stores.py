@@ -1,17 +1,20 @@
-"""A shared store whose calls fail as the test says: several members over the memory of this process."""
+"""A shared store whose calls fail as the test says, and a fallback that is polled as the cache of a provider does."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Collection, Sequence
+from random import Random
 from typing import TypeVar
 
 from external_oms.clock import SYSTEM_CLOCK, Clock
 from external_oms.entry import Entry, Transition
 from external_oms.records import Event, Member
-from external_oms.stores.base import Health
+from external_oms.stores.base import Health, Store
+from external_oms.stores.fallback import Fallback
 from external_oms.stores.memory import MemoryStore
 
-__all__ = ["FaultyStore"]
+__all__ = ["FaultyStore", "PolledStore"]
 
 T = TypeVar("T")
 
@@ -113,3 +116,27 @@ class FaultyStore:
 
     def close(self) -> None:
         self.closed = True
+
+
+class PolledStore(Fallback):
+    """A fallback with a thread that polls it, and loads what has changed."""
+
+    def __init__(self, shared: Store, *, clock: Clock = SYSTEM_CLOCK) -> None:
+        super().__init__(shared, clock=clock, random=Random(1).random)
+        self._due, self._closed = threading.Event(), False
+        self.attach(self._due.set)
+        self._thread = threading.Thread(target=self._follow_store, daemon=True)
+        self.start()
+        self._thread.start()
+
+    def _follow_store(self) -> None:
+        while not self._closed:
+            self._due.wait(0.05)
+            self._due.clear()
+            for tenant in self.poll():
+                self.load(tenant)
+
+    def close(self) -> None:
+        self._closed = True
+        self._thread.join()
+        super().close()

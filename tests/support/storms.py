@@ -319,9 +319,13 @@ class Storm:
             connection.close()
             return False
 
+        def right() -> bool:
+            status, answer = self.server.evaluate()
+            assert status == 200, answer
+            return answer["value"] is self.server.api.enabled()
+
         self.server.wait_until(taken)
         for _ in range(8):  # new connections reach other workers
             wait_until(ready, message=f"the service does not heal: {self.server.printed()}")
-            status, answer = self.server.evaluate()
-            assert (status, answer["value"]) == (200, self.server.api.enabled()), answer
+            wait_until(right, message=f"a worker does not follow: {self.server.printed()}")
             connection.close()

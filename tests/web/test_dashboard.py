@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import re
+import socket
+import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -14,13 +19,15 @@ from werkzeug.test import TestResponse
 
 from external_oms.emulator import ConfigAPIEmulator, Fault
 from external_oms.entry import Entry
+from external_oms.heartbeat import member_name
+from external_oms.policy import Freshness, Source, State
 from external_oms.records import Cause, Event, Member
 from external_oms.stores.memory import MemoryStore
 from external_oms.web import create_app, dashboard
 from external_oms.web.api import REASON_LENGTH
-from external_oms.web.dashboard import PANELS, TIMELINE_ROWS
+from external_oms.web.dashboard import ACTIVITY_ROWS, PANELS
+from external_oms.web.dashboard_context import DayLog, event_title, format_duration, format_latency, has_ended
 from external_oms.web.state import EXTENSION
-from external_oms.web.words import latency, span, title_of
 from tests.support.clock import FakeClock
 from tests.support.pages import form_token, open_browser, text_of
 from tests.support.stores import FaultyStore
@@ -37,6 +44,8 @@ ROUTES: list[tuple[str, str, int]] = [
     ("GET", f"{SWITCH}?to=on", 3),
     ("POST", SWITCH, 3),
     ("POST", f"{ONE}/read", 2),
+    ("GET", "/history.csv", 1),
+    ("GET", "/history.json", 1),
     ("GET", "/login", 0),
     ("POST", "/login", 0),
     ("POST", "/logout", 0),
@@ -173,7 +182,7 @@ def test_what_others_wrote_is_shown_as_text(server: Server) -> None:
     open_browser(server.client)
     page = server.client.get("/").text
     assert "<script>" not in page
-    assert "<img" not in page
+    assert "<img src=x" not in page
     assert "&lt;b&gt;ada" in page
 
 
@@ -193,11 +202,11 @@ def test_two_tenants_are_shown_with_everything_that_is_known(two: Server) -> Non
         "The tenant's own order management owns the orders.",
         "Fresh for another",
         "Generation 1",
-        "Source this process",
-        "Last read answered in",
+        "127.0.0.1:",
+        "Last delivery",
+        "webhook secret 1",
         "generation 1",
         "msg_seen",
-        "Failing since not failing",
         "1 on 1 off",
     ):
         assert words in said
@@ -235,11 +244,12 @@ def test_an_old_value_says_why_since_when_and_how_long_it_will_do(server: Server
     assert server.deliver().status_code == 202
     open_browser(server.client, "viewer")
     said = text_of(server.client.get("/"))
-    assert f"Reads fail for {TENANT}, the last value serves." in said
+    assert f"Reads fail for {TENANT}, and the last value is served." in said
     assert "answered 503" in said
-    assert re.search(r"Stale for \d+ s; served for another (59|60) min", said) or "served for another 1 h" in said
+    assert re.search(r"Stale while reads fail; served for another (59 min|1 h)", said)
+    assert re.search(r"ON is served from the last successful read, \d s ago", said)
     assert re.search(r"Last read failed after \d+ ms", said)
-    assert re.search(r"Next try in \d+ s", said)
+    assert re.search(r"Next read in \d+ s", said)
     assert "generation 1" in said
 
 
@@ -285,14 +295,14 @@ def test_a_member_that_lags_is_seen_at_once_and_a_silent_one_too(
     store = server.oms.store
     store.report([Member("web-2:8", TENANT, 0, False, "stale", 9.0), Member("web-3:9", TENANT, 1, True, "fresh", 1.0)])
     open_browser(server.client, "viewer")
-    assert "web-2:8 OFF 0 9 s stale" in text_of(server.client.get("/")), "it has a moment to follow"
+    assert "web-2:8 OFF 0 following… 0 s ago" in text_of(server.client.get("/")), "it has a moment to follow"
     clock.advance(5)
     said = text_of(server.client.get("/"))
-    assert re.search(r"web-2:8 OFF 0 1[34] s lags behind", said)
-    assert re.search(r"web-3:9 ON 1 \d s fresh", said)
-    assert re.search(r"Lagging behind: [^.]*web-2:8", said)
+    assert re.search(r"web-2:8 OFF 0 behind 5 s ago", said)
+    assert re.search(r"web-3:9 ON 1 current 5 s ago", said)
+    assert re.search(r"An older value is served by [^.]*web-2:8", said)
     clock.advance(35)
-    assert "silent for 40 s" in text_of(server.client.get("/"))
+    assert "silent 40 s ago" in text_of(server.client.get("/"))
 
 
 def test_the_fleet_is_asked_once_however_many_pages_are_open(
@@ -316,13 +326,13 @@ def test_the_fleet_is_asked_once_however_many_pages_are_open(
 
 def test_the_history_goes_on_over_pages(start: StartServer) -> None:
     server = start(refresh="lazy")  # so that no read adds a row
-    for number in range(TIMELINE_ROWS + 10):
+    for number in range(ACTIVITY_ROWS + 10):
         row = Event(datetime.now(UTC), TENANT, Cause.DELIVERY, delivery_id=f"msg_number_{number:02d}_")
         server.oms.store.append(row)
     open_browser(server.client, "viewer")
     first = server.client.get("/")
-    assert first.text.count('<li class="delivery') == TIMELINE_ROWS
-    older = re.search(r'href="(/\?before=\d+)#timeline"', first.text)
+    assert first.text.count('<li class="delivery') == ACTIVITY_ROWS
+    older = re.search(r'href="(/\?before=\d+)#activity"', first.text)
     assert older
     second = text_of(server.client.get(older.group(1)))
     assert "msg_number_05_" in second
@@ -359,10 +369,10 @@ def test_a_filter_works_without_scripts() -> None:
         open_browser(server.client, "viewer")
 
         def shown(query: str) -> list[str]:
-            rows = re.findall(r'data-tenant="([^"]+)" data-flag="\w+"([^>]*)>', server.client.get(f"/?{query}").text)
-            return [name for name, rest in rows if "hidden" not in rest]
+            return re.findall(r'data-tenant="([^"]+)"', server.client.get(f"/?{query}").text)
 
-        assert shown("") == names
+        assert sorted(shown("")) == sorted(names)
+        assert shown("")[-1] == "shop-3", "the one that needs no attention comes last"
         assert shown("q=GLOB") == ["globex"]
         assert shown("q=shop&show=off") == ["shop-3"]
         assert len(shown("show=attention")) == len(names) - 1
@@ -378,7 +388,7 @@ def test_the_confirmation_names_tenant_old_and_new_and_asks_why(server: Server) 
     page = server.client.get(f"{SWITCH}?to=on")
     said = text_of(page)
     assert f"Switch {TENANT} ON?" in said
-    assert f"Tenant {TENANT} Now OFF" in said
+    assert re.search(rf"Tenant {TENANT} 127\.0\.0\.1:\d+ Now OFF", said)
     assert "Then ON the external OMS owns the orders" in said
     assert re.search(r'<input id="reason"[^>]* required', page.text)
     assert server.api.writes(TENANT) == 0
@@ -390,18 +400,23 @@ def test_a_switch_reaches_the_api_with_actor_and_reason_in_the_history(server: S
     kind, text = note(server, switch(server, "on", seen="OFF", reason="  partner is\tback, OPS-7 "))
     assert (kind, text) == (
         "good",
-        f"{TENANT} is ON: written, and read back at generation 1. Every process follows.",
+        f"{TENANT} is ON: written, and read back at generation 1.",
     )
     assert (server.api.enabled(TENANT), server.api.writes(TENANT)) == (True, 1)
     (row,) = [event for event in server.oms.operations.history() if event.cause is Cause.WRITE]
     assert (row.actor, row.enabled) == ("the-admin", True)
     assert "reason: partner is back, OPS-7" in row.detail
-    assert "switch ON by the-admin" in text_of(server.client.get("/")).replace("Switch ON by", "switch ON by")
+    assert "Switch ON by the-admin" in text_of(server.client.get("/"))
 
 
 @pytest.mark.parametrize(
     ("reason", "said"),
-    [("", "Say why"), ("   ", "Say why"), ("x" * (REASON_LENGTH + 1), "one line of text"), ("a\x00b", "one line")],
+    [
+        ("", "Give a reason"),
+        ("   ", "Give a reason"),
+        ("x" * (REASON_LENGTH + 1), "one line of text"),
+        ("a\x00b", "one line"),
+    ],
 )
 def test_without_a_reason_nothing_is_written(server: Server, reason: str, said: str) -> None:
     read(server)
@@ -428,7 +443,7 @@ def test_what_changed_since_it_was_looked_at_is_asked_again_with_the_reason_kept
     form = {"csrf_token": token, "to": "off", "from": "OFF", "reason": "OPS-9"}
     answer = server.client.post(SWITCH, data=form)
     assert answer.status_code == 400
-    assert "It is ON now, which is not what you saw" in answer.text
+    assert "The value is ON now; it has changed since you opened this page" in answer.text
     assert 'value="OPS-9"' in answer.text
     assert server.api.writes(TENANT) == 0
 
@@ -437,7 +452,7 @@ def test_what_is_so_already_needs_no_switch(server: Server) -> None:
     read(server, enabled=True)
     open_browser(server.client)
     page = server.client.get(f"{SWITCH}?to=on")
-    assert "It is ON already" in page.text
+    assert "is ON already" in page.text
     assert 'name="reason"' not in page.text
 
 
@@ -445,7 +460,7 @@ def test_where_the_present_value_is_not_known_both_are_offered(start: StartServe
     server = start(refresh="lazy")
     open_browser(server.client)
     page = server.client.get(SWITCH)
-    assert "What it is now is not known" in page.text
+    assert "The present value is not known" in page.text
     assert note(server, switch(server, "on", seen="unknown"))[0] == "good"
     assert server.api.enabled(TENANT) is True
 
@@ -487,7 +502,7 @@ def test_a_switch_whose_outcome_stays_unknown_says_so_and_what_to_do(server: Ser
     open_browser(server.client)
     kind, text = note(server, switch(server, "on", seen="OFF"))
     assert kind == "warn"
-    assert "Nobody knows yet whether ON was taken" in text
+    assert "It is not known whether ON was written" in text
     assert "Watch this page before you try again" in text
 
 
@@ -517,7 +532,7 @@ def test_switches_are_limited_by_name(start: StartServer) -> None:
     assert note(server, switch(server, "on", seen="OFF"))[0] == "good"
     answer = switch(server, "off", seen="ON")
     assert answer.status_code == 429
-    assert "Too often" in answer.text
+    assert "Too many requests" in answer.text
     assert int(answer.headers["Retry-After"]) >= 1
 
 
@@ -557,7 +572,7 @@ def test_a_defect_is_a_page_without_its_text(server: Server, monkeypatch: pytest
         raise RuntimeError("a secret of the inside")
 
     open_browser(server.client)
-    monkeypatch.setattr(dashboard, "_timeline", broken)
+    monkeypatch.setattr(dashboard, "_activity", broken)
     answer = server.client.get("/")
     assert (answer.status_code, "secret" in answer.text) == (500, False)
 
@@ -586,10 +601,291 @@ def test_every_static_file_and_template_is_in_the_package() -> None:
 
 def test_the_rows_say_what_happened() -> None:
     at = datetime(2026, 1, 2, tzinfo=UTC)
-    titles = {cause: title_of(Event(at, TENANT, cause, enabled=True)) for cause in Cause}
-    assert titles[Cause.WRITE] == "switch ON"
+    titles = {cause: event_title(Event(at, TENANT, cause, enabled=True)) for cause in Cause}
+    assert titles[Cause.WRITE] == "Switch ON"
     assert len(set(titles.values())) == len(Cause)
-    assert [span(seconds) for seconds in (None, -3.0, 0.9, 59.9, 60, 3599, 3600, 86_399, 90_000)] == [
+    assert [format_duration(seconds) for seconds in (None, -3.0, 0.9, 59.9, 60, 3599, 3600, 86_399, 90_000)] == [
         "—", "0 s", "0 s", "59 s", "1 min 00 s", "59 min 59 s", "1 h 00 min", "23 h 59 min", "1 d 1 h",
     ]  # fmt: skip
-    assert [latency(seconds) for seconds in (None, 0.0234, 1.44)] == ["", "23 ms", "1.4 s"]
+    assert [format_latency(seconds) for seconds in (None, 0.0234, 1.44)] == ["", "23 ms", "1.4 s"]
+
+
+# -- the truth in the second in which somebody looks -------------------------------------------------------------------
+
+
+def test_processes_that_have_not_followed_yet_are_counted_as_such(
+    server: Server, stop_clock: Callable[[], FakeClock]
+) -> None:
+    read(server, enabled=True)
+    assert server.deliver().status_code == 200
+    stop_clock()
+    rows = [Member("web-1:7", TENANT, 1, True, "fresh", 1.0), Member("web-2:8", TENANT, 0, False, "stale", 9.0)]
+    server.oms.store.report(rows)
+    open_browser(server.client, "viewer")
+    said = text_of(server.client.get("/"))
+    assert f"{TENANT} is ON, and 1 of 2 processes follow so far." in said
+    assert "Processes 1 of 2 processes follow so far" in said
+    server.oms.store.report([Member("web-2:8", TENANT, 1, True, "fresh", 1.0)])
+    server.oms.fleet._kept.clear()
+    assert f"{TENANT} is ON, and all 2 processes agree." in text_of(server.client.get("/"))
+
+
+def test_a_process_that_has_ended_serves_nothing_and_is_not_counted(
+    server: Server, stop_clock: Callable[[], FakeClock]
+) -> None:
+    read(server, enabled=True)
+    clock = stop_clock()
+    with subprocess.Popen(["/bin/true"]) as ended:
+        pass
+    mine = Member(member_name(), TENANT, 0, True, "fresh", 1.0)
+    server.oms.store.report([Member(f"{socket.gethostname()}:{ended.pid}", TENANT, 0, True, "fresh", 1.0)])
+    clock.advance(13)
+    server.oms.store.report([mine])
+    open_browser(server.client, "viewer")
+    said = text_of(server.client.get("/"))
+    assert f"{TENANT} is ON. Ended: {socket.gethostname()}:{ended.pid}." in said
+    assert f":{ended.pid} — 0 ended 13 s ago" in said
+
+
+@pytest.mark.parametrize(
+    ("name", "seen_seconds", "ended"),
+    [("here:5", 13.0, True), ("here:5", 11.0, False), ("there:5", 50.0, False), ("here:6", 50.0, False)],
+)
+def test_only_a_process_of_this_host_is_known_to_have_ended(name: str, seen_seconds: float, ended: bool) -> None:
+    assert has_ended(name, lambda pid: pid == 6, host="here", seen_seconds=seen_seconds) is ended
+
+
+def test_a_write_that_cannot_be_read_back_is_not_said_to_be_answered_with_the_old_value(server: Server) -> None:
+    read(server, enabled=False)
+    server.api.fault(TENANT, Fault(status=503, times=None, where="read"))
+    open_browser(server.client)
+    kind, text = note(server, switch(server, "on", seen="OFF"))
+    assert kind == "warn"
+    assert f"took ON for {TENANT}, and reading it back fails" in text
+    assert "answered 503" in text
+    assert "OFF is served until a read succeeds" in text
+    assert "answers OFF" not in text
+
+
+def test_a_message_is_shown_once(server: Server) -> None:
+    read(server, enabled=False)
+    open_browser(server.client)
+    place = switch(server, "on", seen="OFF").headers["Location"]
+    assert 'class="note' not in server.client.get(f"{place}?parts=1").text, "an update of an open page does not take it"
+    assert 'class="note good' in server.client.get(place).text
+    assert 'class="note' not in server.client.get(place).text
+
+
+def test_a_value_whose_generation_is_older_than_the_tenants_says_so(server: Server) -> None:
+    read(server, enabled=True)
+    server.api.fault(TENANT, Fault(status=503, times=None))
+    assert server.deliver().status_code == 202
+    open_browser(server.client, "viewer")
+    assert "Generation 1 the value is of 0" in text_of(server.client.get("/"))
+
+
+def test_a_settling_value_says_so(server: Server) -> None:
+    read(server, enabled=True)
+    assert server.deliver().status_code == 200
+    open_browser(server.client, "viewer")
+    assert "Fresh, settling after an invalidation; read again in 0 s" in text_of(server.client.get("/"))
+
+
+def test_the_page_says_what_is_configured(start: StartServer) -> None:
+    server = start(when_expired="last", stale_if_error_seconds=7200, environment="production")
+    open_browser(server.client, "viewer")
+    page = server.client.get("/")
+    said = text_of(page)
+    assert "external_oms_enabled" in said
+    assert re.search(r"Config API 127\.0\.0\.1:\d+", said)
+    assert "A value is fresh for 30 s then stale, while a read runs 30 s or while reads fail 2 h 00 min" in said
+    assert "last: the last value" in said
+
+
+@pytest.mark.parametrize(
+    ("given", "color"),
+    [
+        ({"environment": "production"}, "red"),
+        ({"environment": "Live EU"}, "red"),
+        ({"environment": "staging"}, "amber"),
+        ({"environment": "sandbox"}, "blue"),
+        ({"environment": "production", "environment_color": "purple"}, "purple"),
+    ],
+)
+def test_an_environment_is_a_word_in_colour_on_every_page(
+    start: StartServer, given: dict[str, str], color: str
+) -> None:
+    server = start(**given)
+    pages = [server.client.get("/login").text]
+    open_browser(server.client)
+    pages += [server.client.get(path).text for path in ("/", ONE, SWITCH, "/tenants/nobody")]
+    for page in pages:
+        assert f'class="env-{color}"' in page
+        assert f"</span>{given['environment']}</p>" in page
+        assert f"· {given['environment']}</title>" in page
+
+
+def test_parts_are_the_page_without_what_does_not_change(two: Server) -> None:
+    read(two)
+    read(two, "globex")
+    open_browser(two.client)
+    for path in ("/", ONE):
+        page, parts = two.client.get(path).text, two.client.get(f"{path}?parts=1").text
+        named = re.findall(r'data-part="([^"]+)"', page)
+        assert named == re.findall(r'data-part="([^"]+)"', parts)
+        assert len(named) >= 3
+        assert "<header class" not in parts.split("<article", maxsplit=1)[0]
+        assert "<link" not in parts
+
+
+# -- charts ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_last_day_and_the_counts_are_charts_that_read_as_text(server: Server) -> None:
+    read(server, enabled=False)
+    read(server, enabled=True)
+    evaluate = {"headers": with_key("viewer"), "json": {}}
+    for _ in range(3):
+        assert server.client.post("/ofrep/v1/evaluate/flags/external_oms_enabled", **evaluate).status_code == 200
+    open_browser(server.client, "viewer")
+    said = text_of(server.client.get("/"))
+    assert re.search(rf"The last 24 hours of {TENANT} ON for \d s, since \d\d:\d\d\. In the last 24 hours: ON", said)
+    assert "not recorded 23 h 59 min" in said
+    assert re.search(r"From To Evaluations got For \d{4}-\d\d-\d\d \S+ now ON", said)
+    assert re.search(r"Reads of the config API by latency ≤ 50 ms: [1-9]", said)
+    assert "failed: 0." in said
+    assert "Evaluations by value ON: 3; OFF: 0; no value: 0." in said
+    assert "This process, since the start" in said
+
+
+class Rows:
+    """A history that counts how often it is asked."""
+
+    def __init__(self, *events: Event) -> None:
+        self.events = events
+        self.asked = 0
+
+    def __call__(self, *, tenant: str, limit: int, before: int | None) -> list[Event]:
+        self.asked += 1
+        fits = [event for event in self.events if event.tenant == tenant and (before is None or event.id < before)]
+        return fits[:limit]
+
+
+def test_the_rows_of_a_day_are_read_until_they_are_older_and_kept_until_the_state_changes() -> None:
+    now = datetime(2026, 7, 1, tzinfo=UTC)
+    fetched = now - timedelta(seconds=3)
+
+    def row(number: int, hours: float, cause: Cause) -> Event:
+        return Event(now - timedelta(hours=hours), TENANT, cause, enabled=True, id=number)
+
+    newer = [row(2000 - number, number / 100, Cause.DELIVERY) for number in range(1200)]
+    history = Rows(*newer, row(700, 13, Cause.CHANGED), row(699, 25, Cause.FAILED))
+    log = DayLog(history)
+    state = State(TENANT, True, Freshness.FRESH, 3.0, 1, fetched, None, Source.MEMORY, None, 27.0)
+    day = log.rows(state, now=now)
+    assert ([event.id for event in day.rows], day.since, history.asked) == ([700], now - timedelta(hours=24), 3)
+    assert day.delivery == newer[0]
+    assert log.rows(state, now=now) is day
+    assert log.rows(replace(state, generation=2), now=now) is not day
+    history.events = (row(3000, 0, Cause.FAILED), *history.events)
+    history.asked = 0
+    later = log.rows(replace(state, generation=3), now=now)
+    assert ([event.id for event in later.rows], later.since, later.delivery) == ([3000, 700], day.since, newer[0])
+    assert history.asked == 1, "only the newer rows are read"
+    history.events = (row(1, 5, Cause.CHANGED),)  # the store was replaced
+    assert [event.id for event in log.rows(replace(state, generation=4), now=now).rows] == [1]
+
+    assert DayLog(Rows()).rows(state, now=now).since == fetched
+    assert DayLog(Rows(*newer[:3])).rows(state, now=now).since == newer[2].at
+    everlasting = [row(10**6 - number, number / 10**5, Cause.DELIVERY) for number in range(6000)]
+    assert DayLog(Rows(*everlasting)).rows(state, now=now).since == everlasting[4999].at, "a storm is cut off"
+    never = replace(state, enabled=None, fetched_at=None, age_seconds=None, fresh_seconds=None)
+    assert DayLog(Rows()).rows(never, now=now).since.year == 9999
+
+
+# -- the history -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def storied(start: StartServer) -> Server:
+    """A server with a history of one tenant, and one row of another."""
+    server = start(TENANT, "globex", refresh="lazy")
+    at = datetime.now(UTC)
+    for cause, actor, detail in (
+        (Cause.DELIVERY, "webhook secret 1", ""),
+        (Cause.WRITE, "ada", '=HYPERLINK("http://evil")'),
+        (Cause.WRITE, "Grace", '-1+1, "quoted"\nand more'),
+        (Cause.FAILED, "", "answered 503"),
+    ):
+        server.oms.store.append(Event(at, TENANT, cause, actor=actor, detail=detail))
+    server.oms.store.append(Event(at, "globex", Cause.DELIVERY, actor="webhook key 2"))
+    open_browser(server.client, "viewer")
+    return server
+
+
+@pytest.mark.parametrize(
+    ("query", "actors"),
+    [
+        ("", ["webhook key 2", "", "Grace", "ada", "webhook secret 1"]),
+        ("cause=write", ["Grace", "ada"]),
+        ("actor=WEBHOOK", ["webhook key 2", "webhook secret 1"]),
+        ("cause=write&actor=grace", ["Grace"]),
+        ("cause=store", []),
+        (f"tenant={TENANT}&cause=delivery", ["webhook secret 1"]),
+    ],
+)
+def test_the_history_is_filtered_alike_on_the_page_in_the_api_and_in_the_exports(
+    storied: Server, query: str, actors: list[str]
+) -> None:
+    api = storied.get(f"/api/v1/history?{query}").json
+    exported = storied.client.get(f"/history.json?{query}")
+    table = list(csv.DictReader(io.StringIO(storied.client.get(f"/history.csv?{query}").text)))
+    assert api is not None
+    assert [event["actor"] for event in api["events"]] == actors
+    assert exported.json == api["events"]
+    assert [row["actor"] for row in table] == actors
+    assert exported.headers["Content-Disposition"] == 'attachment; filename="external-oms-history.json"'
+    if "tenant" not in query:
+        shown = re.findall(r'<li class="', storied.client.get(f"/?{query}").text.split('id="activity"')[1])
+        assert len(shown) == len(actors)
+        assert actors or "No activity matches." in storied.client.get(f"/?{query}").text
+
+
+def test_no_cell_of_an_export_is_a_formula(storied: Server) -> None:
+    answer = storied.client.get("/history.csv")
+    assert answer.content_type == "text/csv; charset=utf-8; header=present"
+    rows = list(csv.DictReader(io.StringIO(answer.text)))
+    assert [row["detail"] for row in rows][2:4] == ['\'-1+1, "quoted"\nand more', '\'=HYPERLINK("http://evil")']
+    assert not [cell for row in rows for cell in row.values() if cell.startswith(("=", "+", "-", "@"))]
+
+
+def test_the_api_pages_through_csv_too(storied: Server) -> None:
+    first = storied.get("/api/v1/history?format=csv&limit=2&actor=e")
+    following = re.fullmatch(r'<(/api/v1/history\?[^>]+)>; rel="next"', first.headers["Link"])
+    assert following
+    rest = storied.get(following.group(1))
+    actors = [row["actor"] for page in (first, rest) for row in csv.DictReader(io.StringIO(page.text))]
+    assert actors == ["webhook key 2", "Grace", "webhook secret 1"]
+    assert "Link" not in rest.headers
+
+
+@pytest.mark.parametrize("query", ["cause=nonsense", f"actor={'x' * 129}", "format=xml"])
+def test_a_filter_that_is_none_is_refused_by_the_api(server: Server, query: str) -> None:
+    assert server.get(f"/api/v1/history?{query}").status_code == 400
+
+
+def test_an_export_of_an_unknown_tenant_or_cause_is_refused(server: Server) -> None:
+    open_browser(server.client, "viewer")
+    assert server.client.get("/history.csv?tenant=nobody").status_code == 404
+    assert server.client.get("/history.json?cause=nonsense").status_code == 400
+    assert server.app.test_client().get("/history.csv").status_code == 303
+
+
+def test_an_export_goes_on_over_pages(start: StartServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = start(refresh="lazy")
+    for number in range(1203):
+        server.oms.store.append(Event(datetime.now(UTC), TENANT, Cause.DELIVERY, delivery_id=f"msg_{number}"))
+    open_browser(server.client, "viewer")
+    assert len(server.client.get("/history.json").json or ()) == 1203
+    monkeypatch.setattr(dashboard, "EXPORT_ROWS", 1000)
+    assert len(server.client.get("/history.csv").text.splitlines()) == 1001

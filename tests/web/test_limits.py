@@ -5,6 +5,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from time import monotonic
 
 import pytest
@@ -73,6 +74,45 @@ def test_an_ended_session_is_known_to_the_fleet_over_redis(redis_server: RedisSe
     assert there.is_revoked("one")
 
 
+def test_with_a_file_store_the_processes_of_a_host_count_logins_and_ended_sessions_together(tmp_path: Path) -> None:
+    here, there = (Limits(settings(f"sqlite:///{tmp_path}/state.db")) for _ in range(2))
+    assert [allowed(member, 1) for member in (here, there) * 3] == [1, 1, 1, 0, 0, 0]
+    refused = refusal(there, "ann", 3)
+    assert refused is not None
+    assert 1 <= int(refused.headers["Retry-After"]) <= 61
+    here.revoke("one")
+    assert (there.is_revoked("one"), there.is_revoked("two")) == (True, False)
+    (file,) = tmp_path.iterdir()
+    assert (file.name, file.stat().st_mode & 0o777) == ("state.db-limits", 0o600)
+
+
+def test_the_counts_of_a_file_begin_anew_with_each_window(tmp_path: Path) -> None:
+    now = [time.time()]
+    limits = Limits(settings(f"sqlite:///{tmp_path}/state.db"), wall=lambda: now[0])
+    assert allowed(limits, 5) == 3
+    now[0] += 61
+    assert allowed(limits, 5) == 3
+
+
+def test_many_processes_count_exactly_in_a_file(tmp_path: Path) -> None:
+    children = []
+    for _ in range(4):
+        child = os.fork()
+        if child == 0:
+            os._exit(allowed(Limits(settings(f"sqlite:///{tmp_path}/state.db")), 10, per_minute=15))
+        children.append(child)
+    passed = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    assert sum(passed) == 15
+
+
+def test_a_file_that_cannot_be_used_costs_one_line_and_each_process_counts_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "state.db-limits").write_bytes(b"no database" * 100)
+    assert allowed(Limits(settings(f"sqlite:///{tmp_path}/state.db")), 5) == 3
+    assert len(caplog.records) == 1
+
+
 def test_redis_that_counts_again_is_told_at_the_level_of_its_failure(
     redis_server: RedisServer, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -87,8 +127,8 @@ def test_redis_that_counts_again_is_told_at_the_level_of_its_failure(
     now[0] += 11
     limits.hit("switch", "ann", per_minute=3)
     assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
-        ("WARNING", "rate limits are counted per process: the counter in Redis does not answer"),
-        ("WARNING", "rate limits are counted in Redis again"),
+        ("WARNING", "rate limits are counted per process: the shared counter does not answer"),
+        ("WARNING", "rate limits are counted together again"),
     ]
 
 
@@ -122,6 +162,20 @@ def test_a_dead_redis_costs_little_and_each_process_counts_alone(caplog: pytest.
     assert allowed(limits, 5) == 3
     assert len(caplog.records) == 1, "Redis was asked once"
     assert "secret-of-redis" not in caplog.text
+
+
+def test_what_another_program_puts_in_the_place_of_a_count_is_not_counted_on(
+    redis_server: RedisServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING, logger="external_oms")
+    limits = Limits(settings(redis_server.url))
+    assert allowed(limits, 1) == 1
+    with redis_server.client() as client:
+        (count,) = client.keys("external_oms:limits*")
+        client.set(count, "[" * 100_000)
+    limits.check("switch", "ann", per_minute=3)
+    assert allowed(limits, 5) == 3
+    assert len(caplog.records) == 1
 
 
 @pytest.mark.serial

@@ -336,6 +336,42 @@ def test_all_workers_of_one_server_know_a_login_though_no_secret_was_set(
         assert "session_secret" not in server.log.read_text(encoding="utf-8")
 
 
+def test_logging_out_at_one_worker_ends_the_session_and_its_streams_at_all(
+    api: ConfigAPIEmulator, tmp_path: Path
+) -> None:
+    with served(api, tmp_path, command=(*SERVE, "--name-members")) as server, requests.Session() as browser:
+        token = re.search(r'name="csrf_token" value="([^"]+)"', browser.get(f"{server.url}/login").text)
+        assert token
+        page = browser.post(f"{server.url}/login", {"csrf_token": token.group(1), "key": KEYS["viewer"]})
+        copied = dict(browser.cookies)
+        streams: dict[str, requests.Response] = {}
+
+        def open_streams() -> bool:
+            stream = requests.get(f"{server.url}/api/v1/events", cookies=copied, stream=True, timeout=40)
+            assert stream.status_code == 200
+            streams.setdefault(stream.headers["External-OMS-Member"], stream)
+            return len(streams) == 2
+
+        wait_until(open_streams)
+        form = re.search(r'name="csrf_token" value="([^"]+)"', page.text)
+        assert form
+        browser.post(f"{server.url}/logout", {"csrf_token": form.group(1)})
+        for _ in range(10):  # new connections reach either worker
+            refused = requests.get(f"{server.url}/api/v1/tenants", cookies=copied, timeout=10)
+            assert refused.status_code == 401
+        for stream in streams.values():
+            assert stream.raw.read() is not None, "the stream has ended"
+
+
+def test_several_processes_that_share_no_secret_refuse_logins_and_say_why(start: StartServer) -> None:
+    many = {"wsgi.multiprocess": True}
+    for given, status in (({}, 503), ({"session_secret": SIGNED}, 303)):
+        server = start(**given)
+        data = {"csrf_token": form_token(server.client.get("/login")), "key": KEYS["viewer"]}
+        answer = server.client.post("/login", data=data, environ_overrides=many)
+        assert (answer.status_code, "session_secret" in answer.text) == (status, status == 503)
+
+
 def test_a_secret_that_is_too_short_is_refused_by_name_and_not_quoted(api: ConfigAPIEmulator) -> None:
     settings = api.settings(TENANT, api_keys=ENTRIES, webhook_secrets=[SECRET], session_secret="tiny-secret")
     with pytest.raises(SettingsError, match=r"^session_secret: is shorter than 16") as refused:

@@ -153,6 +153,7 @@ def test_a_delivery_that_was_read_shows_how_long_it_took_to_apply(server: Server
 
 
 def test_evaluations_over_http_count_by_their_reason(server: Server) -> None:
+    server.api.set_enabled(TENANT, True)
     read_once(server)
     asked = {"headers": with_key("viewer"), "json": {"context": {}}}
     for _ in range(3):
@@ -163,7 +164,9 @@ def test_evaluations_over_http_count_by_their_reason(server: Server) -> None:
     server.client.post(FLAG, **asked)
     server.client.post("/ofrep/v1/evaluate/flags", **asked)
     counted = scrape(server).values("evaluations_total", tenant=TENANT, via="ofrep")
-    assert counted == {("CACHED",): 4, ("STALE",): 2, ("STATIC",): 0, ("DEFAULT",): 0, ("ERROR",): 0}
+    assert {labels: count for labels, count in counted.items() if count} == {("CACHED", "on"): 4, ("STALE", "on"): 2}
+    reasons = ("CACHED", "STATIC", "STALE", "DEFAULT")
+    assert counted.keys() == {(reason, value) for reason in reasons for value in ("on", "off")} | {("ERROR", "none")}
 
 
 @pytest.mark.parametrize(("policy", "reason"), [("default", "ERROR"), ("on", "DEFAULT")])
@@ -403,7 +406,7 @@ def test_the_extension_counts_evaluations_where_metrics_are_served(api: ConfigAP
     client.get_boolean_value("another_flag", default_value=False)
     seen = Scrape.of(app.test_client().get("/oms/metrics").text)
     assert seen.value("evaluations_total", tenant=TENANT, via="sdk", reason="CACHED") == 3
-    assert seen.values("evaluations_total", tenant="") == {("ERROR", "sdk"): 2}
+    assert seen.values("evaluations_total", tenant="") == {("ERROR", "none", "sdk"): 2}
     assert seen.value("evaluations_total", tenant="globex", via="sdk", reason="ERROR") == 1
     assert seen.value("evaluations_total", via="sdk") == 6
 
@@ -435,7 +438,7 @@ def test_two_apps_over_one_provider_count_the_same(api: ConfigAPIEmulator) -> No
 def test_a_child_forked_while_others_count_and_scrape_counts_and_scrapes() -> None:
     provider = ExternalOMSProvider(Settings(tenant=TENANT, access_token="t", refresh="lazy", insecure=True))
     meters = Metrics(OMS(provider))
-    one, stop = Evaluation(TENANT, "CACHED", "sdk"), threading.Event()
+    one, stop = Evaluation(TENANT, "CACHED", "sdk", "on"), threading.Event()
 
     def busy(work: Callable[[], object], pause_seconds: float) -> None:
         while not stop.wait(pause_seconds):  # without a pause between scrapes a fork would hardly get its turn

@@ -26,17 +26,18 @@ def told(key: str, reason: str | None, attributes: dict[str, FlagValueType], *te
 
 @pytest.mark.parametrize("reason", ["CACHED", "STATIC", "STALE", "DEFAULT", "ERROR"])
 def test_an_evaluation_is_told_with_its_reason(reason: str) -> None:
-    assert told(FLAG_KEY, reason, {"tenant": "acme"}, "acme", "globex") == [Evaluation("acme", reason, "sdk")]
+    value = "none" if reason == "ERROR" else "on"
+    assert told(FLAG_KEY, reason, {"tenant": "acme"}, "acme", "globex") == [Evaluation("acme", reason, "sdk", value)]
 
 
 @pytest.mark.parametrize("reason", [None, "", "of another provider's own making"])
 def test_a_reason_that_openfeature_does_not_know_is_unknown(reason: str | None) -> None:
-    assert told(FLAG_KEY, reason, {}, "acme") == [Evaluation("acme", "UNKNOWN", "sdk")]
+    assert told(FLAG_KEY, reason, {}, "acme") == [Evaluation("acme", "UNKNOWN", "sdk", "on")]
 
 
 @pytest.mark.parametrize("attributes", [{}, {"tenant": "initech"}, {"tenant": ["acme"]}, {"tenant": True}])
 def test_a_tenant_that_is_not_configured_is_not_told(attributes: dict[str, FlagValueType]) -> None:
-    assert told(FLAG_KEY, "ERROR", attributes, "acme", "globex") == [Evaluation("", "ERROR", "sdk")]
+    assert told(FLAG_KEY, "ERROR", attributes, "acme", "globex") == [Evaluation("", "ERROR", "sdk", "none")]
 
 
 def test_of_another_flag_nothing_is_told() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -39,6 +40,24 @@ def scraped(connection: http.client.HTTPConnection) -> Scrape:
 
 def evaluations(seen: Scrape, via: str = "ofrep") -> float:
     return seen.value("evaluations_total", tenant=TENANT, via=via)
+
+
+def test_the_page_shows_the_counts_of_all_workers(tmp_path: Path) -> None:
+    with ConfigAPIEmulator([TENANT]) as api, served(api, tmp_path, command=NAMED) as server:
+        server.flip(True)
+        workers = each_worker(server)
+        for connection in workers.values():
+            for _ in range(4):
+                asked(connection, "POST", FLAG_PATH, '{"context": {}}')
+        pages = [asked(connection, "GET", f"/tenants/{TENANT}")[1] for connection in workers.values()]
+        for connection in workers.values():
+            connection.close()
+    counts = [re.findall(r"<desc[^>]*>((?:≤ 50 ms|ON): [^<]*)</desc>", page) for page in pages]
+    assert counts[0] == counts[1]
+    assert sum(int(count) for count in re.findall(r": (\d+)[;.]", counts[0][0])) >= 2
+    assert counts[0][0].endswith("; failed: 0.")
+    assert counts[0][1].startswith("ON: 8; ")
+    assert all("All processes of this server, since the start" in page for page in pages)
 
 
 @pytest.mark.timeout(150)

@@ -410,3 +410,16 @@ def test_a_proxy_that_takes_a_prefix_off_can_say_so(start: StartServer, said: st
         return
     (stream,) = answer.get_json()["eventStreams"]
     assert stream["endpoint"]["requestUri"].startswith(f"{prefix}/ofrep/v1/events?")
+
+
+@pytest.mark.parametrize(("policy", "reason"), [("default", "ERROR"), ("on", "DEFAULT"), ("last", "STALE")])
+def test_all_flags_count_with_the_reason_that_the_sdk_gives(start: StartServer, policy: str, reason: str) -> None:
+    server = start(when_expired=policy, refresh="lazy", stale_while_revalidate_seconds=0, stale_if_error_seconds=0)
+    server.oms.provider.refresh()
+    server.api.fault(TENANT, Fault(status=500, times=None))
+    server.deliver()
+    seen: list[str] = []
+    server.oms.evaluated.subscribe(lambda event: seen.append(event.reason))
+    assert bulk(server).status_code == 200
+    assert ask(server).status_code == 200
+    assert seen == [reason, reason]

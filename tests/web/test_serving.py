@@ -17,7 +17,7 @@ import pytest
 
 from external_oms.emulator import ConfigAPIEmulator
 from external_oms.errors import SettingsError
-from external_oms.web.serving import BUFFER_BYTES, Arriving, Serving, check, is_private, is_taken
+from external_oms.web.serving import BUFFER_BYTES, Arriving, Serving, check, is_private
 from tests.support.servers import SERVE, Served, environment, gunicorn, served
 from tests.support.web import ENTRIES, HOOK, KEYS, SECRET, TENANT, with_key
 
@@ -36,15 +36,6 @@ def test_anything_else_is_not(bind: str) -> None:
 def test_what_is_no_address_is_refused(bind: str) -> None:
     with pytest.raises(ValueError, match=r".+"):
         is_private(bind)
-
-
-def test_an_address_is_taken_while_somebody_listens_there() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as line:
-        bind = f"127.0.0.1:{line.getsockname()[1]}"
-        assert is_taken(bind)
-    assert not is_taken(bind)
-    assert not is_taken("unix:/tmp/never.sock")
-    assert not is_taken("[::1]:0") or not socket.has_ipv6
 
 
 def test_memory_is_refused_for_several_workers_and_names_both_settings(api: ConfigAPIEmulator) -> None:

@@ -1,23 +1,17 @@
-"""The command line: prints and exits; what it prints is decided below it, in the package."""
+"""The command `external-oms`."""
 
 from __future__ import annotations
 
 import click
 
 import external_oms
-from external_oms.cli.demo import demo as demo_command
-from external_oms.cli.doctor import doctor as doctor_command
-from external_oms.cli.frame import Edge
-from external_oms.cli.keys import keys
-from external_oms.cli.sending import webhook
-from external_oms.cli.servers import emulate, serve
-from external_oms.cli.states import history, status, watch
-from external_oms.cli.switch import disable, enable
+from external_oms.cli import demo, doctor, serve, status, switch, tools
+from external_oms.cli.base import CLIGroup
 
 __all__ = ["main"]
 
 
-@click.group(cls=Edge, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=CLIGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(external_oms.__version__, "--version", prog_name="external-oms", message="%(prog)s %(version)s")
 def main() -> None:
     """One flag, external_oms_enabled: see it, switch it, serve it.
@@ -27,5 +21,7 @@ def main() -> None:
     """
 
 
-for command in (demo_command, emulate, serve, status, watch, history, enable, disable, doctor_command, keys, webhook):
+for command in (demo.demo, serve.emulate, serve.serve, doctor.doctor, tools.keys, tools.webhook):
+    main.add_command(command)
+for command in (status.status, status.watch, status.history, switch.enable, switch.disable):
     main.add_command(command)

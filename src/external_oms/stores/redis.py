@@ -15,10 +15,9 @@ Keys and channel, each with its life; `<key>` is the storage key of a tenant, wh
 
 The rights that a user of Redis needs are listed in docs/stores.md.
 
-*Versions.* A version is the time of the server in microseconds, or higher where changes come faster than that. So
-versions rise even in a Redis that lost its data, and a process that finds an older version or an older value than it
-has seen knows that Redis lost changes, perhaps invalidations among them. It then raises the generation above every one
-that it knows, and stores its own value again, as a stale one, where Redis has an older one or none.
+*Versions.* A version is the time of the server in microseconds, or higher where changes come faster than that; a new
+generation and a new fencing token are at least its time in milliseconds. So they rise even in a Redis that lost its
+data.
 
 *Clocks.* Redis holds instants on the clock of its server. A process converts them by the time of the server that every
 reply carries. Between request and reply it cannot know when the server read its clock, so a converted instant is wrong
@@ -45,22 +44,22 @@ from typing import Any, TypeVar
 
 from external_oms.clock import SYSTEM_CLOCK, Clock
 from external_oms.codec import MalformedError, decode_event, decode_member, encode_entry, encode_event, encode_member
-from external_oms.entry import Change, Entry, Invalidation, Moment, Transition, invalidate, shift
+from external_oms.entry import Change, Entry, Moment, Transition, shift
 from external_oms.errors import StoreBusy, StoreError
 from external_oms.records import MEMBER_SECONDS, Cause, Event, Member
 from external_oms.stores.base import DELIVERY_ID_SECONDS, Health
 from external_oms.stores.redis_client import Client, client_factory, store_errors, subscription_of
-from external_oms.stores.redis_replica import Replica, Tenant, marks
-from external_oms.stores.redis_scripts import MEMBERS, REPORT, Arguments, Found, Scripts, decode_rows
+from external_oms.stores.redis_replica import Replica, Tenant
+from external_oms.stores.redis_scripts import COMPARE_AND_SET, MEMBERS, REPORT, Found, Scripts, decode_rows
 from external_oms.stores.redis_sync import Sync, timeout_of
 
 __all__ = ["RedisStore"]
 
 logger = logging.getLogger("external_oms")
 
-ENTRY_SECONDS = 30 * 86_400.0
-"""How long an entry outlives its last change: longer than any outage, so that the last known value is there after it,
-and a tenant that is no longer configured leaves nothing behind."""
+ENTRY_MS = 30 * 86_400_000
+"""How long an entry outlives its last change, in milliseconds: longer than any outage, so that the last known value is
+there after it, and a tenant that is no longer configured leaves nothing behind."""
 
 BUSY_SECONDS = 2.0
 """How long a transition is tried again while other processes change the same entry."""
@@ -73,8 +72,8 @@ entry that came with the refusal."""
 FIRST_PULL_SECONDS = 0.1
 """How long `load` waits in a forked child for the first pull, once: the one wait that an evaluation is allowed."""
 
-LOG_SECONDS = 60.0
-"""The least time between two log lines about lost entries: a flush loses those of all tenants."""
+DELIVERY_ID_MS = round(DELIVERY_ID_SECONDS * 1000)
+MEMBER_MS = round(MEMBER_SECONDS * 1000)
 
 T = TypeVar("T")
 
@@ -131,9 +130,9 @@ class RedisStore:
         self._clock = clock
         self._history_rows = history_rows
         self._history_seconds = history_seconds
+        self._history_ms = max(1, round(history_seconds * 1000))
         self._random = random or Random()  # noqa: S311 - it spreads load; nothing is secret about it
         self._heard: set[Tenant] = set()
-        self._loss_logged_at = float("-inf")
         self._sync = Sync(
             subscribe=lambda: subscription_of(self._connected(), self._channel),
             hear=self._hear,
@@ -173,9 +172,11 @@ class RedisStore:
 
     def _connected(self) -> Client:
         """Return the client, made on first use: that of a cluster asks for the slots when it is made."""
-        with self._client_lock, store_errors():
-            self._client = self._client or self._make()
-            return self._client
+        client = self._client
+        if client is None:
+            with self._client_lock, store_errors():
+                client = self._client = self._client or self._make()
+        return client
 
     def health(self) -> Health:
         """Return whether Redis answered the last time that the thread asked."""
@@ -233,14 +234,8 @@ class RedisStore:
         tenants = list(self._replica.tenants() if everything else self._heard)
         self._heard.clear()
         by_key = {tenant.keys[0]: tenant for tenant in tenants}
-        versions = {key: tenant.state.version for key, tenant in by_key.items()}
-        for key, found in self._scripts.read_all(versions):
-            tenant = by_key[key]
-            if found is None:
-                self._replica.apply(tenant, versions[key], replace(tenant.state.entry, verified=True))
-            elif not self._replica.adopt(tenant, found):
-                with suppress(StoreBusy):  # the next pull tries again
-                    self.transact(tenant.name, lambda entry, _: Change(entry, None))  # restores what Redis lost
+        for key, found in self._scripts.read_all({key: tenant.state.found for key, tenant in by_key.items()}):
+            self._replica.adopt(by_key[key], found)
 
     # -- transitions --------------------------------------------------------------------------------------------------
 
@@ -256,69 +251,61 @@ class RedisStore:
         keys = [*known.keys, *map(known.id_key, ids)]
         give_up_at = time.monotonic() + BUSY_SECONDS
         conflicts = 0
-        found = self._scripts.read(keys, ids)
-        while found is not None:
+        found = self._scripts.read(keys, ids, known.state.found)
+        while True:
+            self._replica.adopt(known, found)
             before = shift(found.entry, found.late_offset)
-            moment = Moment(found.received, found.server_us // 1000, found.seen)
-            is_lost = not self._replica.adopt(known, found)
-            restored = _restore(known, found, before, moment, self._clock.wall()) if is_lost else Change(before, None)
-            change = transition(restored.entry, moment)
-            events = restored.events + change.events
-            if change.entry is before and not events and not change.claims:
+            change = transition(before, Moment(found.received, found.server_us // 1000, found.seen))
+            if change.entry is before and not change.events and not change.claims:
                 return change.result
-            version = max(found.version + 1 + len(events), found.server_us)
-            arguments = self._arguments(known, found, version, change, events, ids)
-            known.writing.add(version)
-            try:
-                conflict = self._scripts.compare_and_set(keys, arguments, ids)
-                if conflict is None:
-                    self._replica.apply(known, version, shift(change.entry, found.early_offset - found.late_offset))
-            finally:
-                known.writing.discard(version)
+            if found.is_refused:
+                change = replace(change, events=(self._set_aside(tenant), *change.events))
+            conflict = self._store(known, keys, found, change, ids)
             if conflict is None:
-                if is_lost:
-                    self._log_loss(found)
                 return change.result
             if time.monotonic() > give_up_at:
-                break
+                raise StoreBusy(f"other processes change tenant {tenant!r} in Redis again and again; try again")
             found = conflict
             conflicts += 1
             if conflicts > 1:
                 time.sleep(self._random.uniform(0.0, PAUSE_SECONDS))
-                found = self._scripts.read(keys, ids)
-        raise StoreBusy(f"other processes change tenant {tenant!r} in Redis again and again; try again")
+                found = self._scripts.read(keys, ids, known.state.found)
 
-    def _arguments(
-        self,
-        tenant: Tenant,
-        found: Found,
-        version: int,
-        change: Change[object],
-        events: Sequence[Event],
-        ids: Sequence[str],
-    ) -> Arguments:
+    def _set_aside(self, tenant: str) -> Event:
+        sentence = "Redis held an entry that cannot be read; it was set aside"
+        logger.warning("tenant %s: %s", tenant, sentence)
+        return Event(datetime.fromtimestamp(self._clock.wall(), UTC), tenant, Cause.STORE, detail=sentence)
+
+    def _store(
+        self, tenant: Tenant, keys: Sequence[str], found: Found, change: Change[object], ids: Sequence[str]
+    ) -> Found | None:
+        """Store a change unless the entry has changed since; return the entry that was stored meanwhile."""
+        version = max(found.version + 1 + len(change.events), found.server_us)
+        stored = shift(change.entry, -found.late_offset)
         arguments: list[str | bytes | int] = [
             found.expected,
             self._channel,
             f"{version} {tenant.storage_key}",
             int(found.is_refused),
-            f"{version}\n{encode_entry(shift(change.entry, -found.late_offset))}",
-            _milliseconds(ENTRY_SECONDS),
+            f"{version}\n{encode_entry(stored)}",
+            ENTRY_MS,
             "".join("01"[one in change.claims] for one in ids),
-            _milliseconds(DELIVERY_ID_SECONDS),
+            DELIVERY_ID_MS,
             self._history_rows,
-            _milliseconds(self._history_seconds),
+            self._history_ms,
             max(0, version - round(self._history_seconds * 1e6)),
         ]
-        for number, event in enumerate(events, version - len(events) + 1):
+        for number, event in enumerate(change.events, version - len(change.events) + 1):
             arguments += [number, encode_event(event)]
-        return arguments
-
-    def _log_loss(self, found: Found) -> None:
-        now = time.monotonic()
-        if now - self._loss_logged_at > LOG_SECONDS:
-            self._loss_logged_at = now
-            logger.warning("%s; the tenants concerned count as invalidated", _loss(found))
+        written = replace(found, entry=stored, version=version, expected=b"%d" % version, is_refused=False)
+        tenant.writing.add(written.expected)
+        try:
+            conflict = self._scripts.find(COMPARE_AND_SET, keys, arguments, ids)
+            if conflict is None:
+                self._replica.adopt(tenant, written, shift(stored, found.early_offset))
+        finally:
+            tenant.writing.discard(written.expected)
+        return conflict
 
     # -- history and members ------------------------------------------------------------------------------------------
 
@@ -346,14 +333,14 @@ class RedisStore:
 
     def report(self, members: Sequence[Member]) -> None:
         """Store the heartbeats of this process."""
-        arguments: list[str | bytes | int] = [_milliseconds(MEMBER_SECONDS), _milliseconds(ENTRY_SECONDS)]
+        arguments: list[str | bytes | int] = [MEMBER_MS, ENTRY_MS]
         for member in members:
             arguments += [self._replica.storage_key(member.tenant), encode_member(member)]
         self._scripts.run(REPORT, [self._members_key, f"{self._members_key}:set-aside"], arguments)
 
     def members(self, tenant: str | None = None) -> Sequence[Member]:
         """Return the last heartbeat of each process and tenant."""
-        reply = self._scripts.run(MEMBERS, [self._members_key], [_milliseconds(MEMBER_SECONDS)])
+        reply = self._scripts.run(MEMBERS, [self._members_key], [MEMBER_MS])
         found: dict[tuple[str, str], Member] = {}
         for milliseconds, row in decode_rows(reply[1]) if reply else ():
             with suppress(MalformedError):
@@ -364,34 +351,6 @@ class RedisStore:
                 if is_ours and tenant in {None, member.tenant}:
                     found.setdefault((member.name, member.tenant), member)
         return tuple(found.values())
-
-
-def _restore(tenant: Tenant, found: Found, entry: Entry, moment: Moment, wall: float) -> Change[object]:
-    """Return what becomes of an entry that lost changes: a higher generation than any that this process knows.
-
-    The later of the two values stays, as a stale one: a process that knows less cannot take the others back.
-    """
-    known = tenant.state.entry
-    if marks(known)[1] > marks(entry)[1]:
-        entry = replace(
-            entry,
-            snapshot=known.snapshot,
-            failure=entry.failure or known.failure,
-            stale_since=entry.stale_since if known.stale_since is None else known.stale_since,
-            token=max(entry.token, marks(known)[1]),
-        )
-    event = Event(datetime.fromtimestamp(wall, UTC), tenant.name, Cause.STORE, detail=_loss(found))
-    return invalidate(entry, moment, [Invalidation(event)], at_least=marks(known)[0] + 1)
-
-
-def _loss(found: Found) -> str:
-    if found.is_refused:
-        return "Redis held an entry that cannot be read; it was set aside"
-    return "Redis lost changes; it was flushed, restarted without its data, or has removed keys"
-
-
-def _milliseconds(seconds: float) -> int:
-    return max(1, round(seconds * 1000))
 
 
 def _events(reply: Iterable[Any]) -> Iterator[Event]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeAlias, cast
@@ -31,6 +30,7 @@ from redis.retry import Retry
 from redis.sentinel import Sentinel
 
 from external_oms.errors import SettingsError, StoreError
+from external_oms.store_url import check_store_url
 
 __all__ = ["FAILURES", "Client", "PubSub", "Server", "client_factory", "server_of", "store_errors", "subscription_of"]
 
@@ -40,9 +40,9 @@ Server: TypeAlias = Redis
 SENTINEL_PORT = 26_379
 CLUSTER_PORT = 6_379
 
-FAILURES = (RedisError, RedisClusterException, ChildDeadlockedError, OSError, ValueError)
+FAILURES = (RedisError, RedisClusterException, ChildDeadlockedError, OSError, ValueError, AttributeError)
 """Everything that redis-py raises. Not all of it descends from RedisError, and a connection that another thread closes
-raises ValueError, because its buffer is closed."""
+raises ValueError or AttributeError, because its buffer is closed or gone."""
 
 _NO_ANSWER = "does not answer; check that it runs and can be reached as the setting `store` says"
 
@@ -53,7 +53,7 @@ _COMPLAINTS: tuple[tuple[type[Exception] | tuple[type[Exception], ...], str], ..
     (OutOfMemoryError, "has no memory left; raise maxmemory"),
     (BusyLoadingError, "is loading its data set; wait for the end of that"),
     ((ClusterDownError, SlotNotCoveredError, RedisClusterException), "has no node for these keys; check the cluster"),
-    ((ConnectionError, TimeoutError, OSError, ValueError, ChildDeadlockedError), _NO_ANSWER),
+    ((ConnectionError, TimeoutError, OSError, ValueError, AttributeError, ChildDeadlockedError), _NO_ANSWER),
 )
 
 
@@ -112,31 +112,19 @@ def client_factory(url: str, *, timeout_seconds: float) -> Callable[[], Client]:
     Raises:
         SettingsError: The URL cannot be used. The message holds no part of the URL but the name of an option.
     """
+    problem = ""
     try:
-        return _checked(url, timeout_seconds)
-    except TypeError as error:  # the constructor of a connection does not know an option
-        named = re.search(r"argument '(\w{1,64})'", str(error))
-        problem = f"has an option that redis-py does not know{f': {named[1]}' if named else ''}"
-    except (ValueError, RedisError) as error:
-        named = re.match(r"Invalid value for '(\w{1,64})'", str(error))
-        problem = (
-            f"has a value that cannot be used for the option {named[1]}"
-            if named
-            else "cannot be read: a port is a number up to 65535, a database is a number, an IPv6 address stands in "
-            "brackets, and special characters in a password are percent-encoded"
-        )
-    # without its cause, which may quote a part of the password
-    raise SettingsError("store", f"the Redis URL {problem}")
-
-
-def _checked(url: str, timeout_seconds: float) -> Callable[[], Client]:
-    scheme, separator, rest = url.partition("://")
+        check_store_url(url)
+    except ValueError as error:
+        problem = str(error)
+    if problem:  # without its cause, which may quote a part of the password
+        raise SettingsError("store", f"the Redis URL cannot be used: {problem}")
+    scheme, _, rest = url.partition("://")
     sentinels: list[tuple[str, int]] = []
     service = ""
     if scheme == "redis+sentinel":
         sentinels, service, rest = _sentinel_parts(rest)
     plain_scheme = "redis" if sentinels else scheme.removesuffix("+cluster")
-    address = rest.partition("?")[0]
     options: dict[str, Any] = {
         "socket_timeout": timeout_seconds,
         "socket_connect_timeout": timeout_seconds,
@@ -146,21 +134,12 @@ def _checked(url: str, timeout_seconds: float) -> Callable[[], Client]:
         "decode_responses": False,
         "retry": Retry(NoBackoff(), 0),
     }
-    if plain_scheme == "unix":
-        understood = "path" in options
-    else:
+    if plain_scheme != "unix":
         options.setdefault("socket_keepalive", True)  # finds a peer that is gone; the interval is the system's
-        # redis-py ignores a path that is no number, and what a special character in a password cuts off
-        database = address.rpartition("@")[2].partition("/")[2]
-        credentials = options.keys() & {"username", "password"}
-        understood = bool(re.fullmatch(r"\d*/?", database)) and ("@" not in address or bool(credentials))
-    if not separator or not understood:
-        raise ValueError
-    given = {
-        name: options.pop(f"sentinel_{name}") for name in ("username", "password") if f"sentinel_{name}" in options
-    }
-    ConnectionPool(**options).make_connection()  # connects to nothing, and refuses what it does not know
     if sentinels:
+        given = {
+            name: options.pop(f"sentinel_{name}") for name in ("username", "password") if f"sentinel_{name}" in options
+        }
         del options["host"]
         bounds = {name: options[name] for name in ("socket_timeout", "socket_connect_timeout", "protocol", "retry")}
 
@@ -185,8 +164,6 @@ def _sentinel_parts(rest: str) -> tuple[list[tuple[str, int]], str, str]:
     authority, _, path = address.partition("/")
     credentials, at, hosts = authority.rpartition("@")
     service, _, database = path.partition("/")
-    if not service or not hosts:
-        raise SettingsError("store", "name the Sentinels and the service: redis+sentinel://host:26379/service")
     split = [urlsplit(f"//{host}") for host in hosts.split(",")]  # one by one: urlsplit knows only one host in a URL
     sentinels = [(one.hostname or "localhost", one.port or SENTINEL_PORT) for one in split]
     return sentinels, service, f"{credentials}{at}primary/{database}?{query}"

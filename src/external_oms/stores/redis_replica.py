@@ -1,8 +1,7 @@
-"""The replica of the entries in a process: evaluations load from it, and it never goes back in time.
+"""The replica of the entries in a process: evaluations load from it.
 
-A reply of Redis is taken into the replica where it is later than what the replica holds. It may be earlier for two
-reasons. Either it was asked for before the replica learned better; then it says nothing. Or Redis lost changes; then
-`adopt` says so, and the store raises the generation.
+A reply of Redis is taken into the replica unless its request was sent before the replica learned of a later version.
+So the replica goes back where Redis does: where Redis has lost changes. What follows from that, `fallback` decides.
 """
 
 from __future__ import annotations
@@ -11,12 +10,11 @@ import hashlib
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
-from operator import lt
 
 from external_oms.entry import Entry, shift
-from external_oms.stores.redis_scripts import MAX_COUNTER, Found, as_bytes, encode_version
+from external_oms.stores.redis_scripts import NOTHING, Found, as_bytes
 
-__all__ = ["Replica", "State", "Tenant", "marks"]
+__all__ = ["Replica", "State", "Tenant"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,14 +22,14 @@ class State:
     """What this process knows of a tenant's entry.
 
     Attributes:
-        version: The version of the entry; 0 where there is none.
-        entry: The entry, its instants on the clock of this process.
+        found: The entry as Redis holds it.
+        entry: The same entry, its instants on the clock of this process.
         order: A number between those of the requests before and after the entry was learned. The reply to a request
             with a lower number may be older than the entry.
     """
 
-    version: int = 0
-    entry: Entry = Entry()  # noqa: RUF009 - it is frozen
+    found: Found = NOTHING
+    entry: Entry = NOTHING.entry
     order: int = 0
 
 
@@ -56,7 +54,7 @@ class Tenant:
         self.keys = [f"{self._base}{key}" for key in ("entry", "history", "set-aside:entry", "set-aside:history")]
         self.index = index
         self.state = State()
-        self.writing: set[int] = set()
+        self.writing: set[bytes] = set()
 
     def id_key(self, delivery_id: str) -> str:
         """Return the key of a delivery id: its hash, because senders choose what an id holds."""
@@ -133,41 +131,33 @@ class Replica:
         return changed
 
     def named_in(self, message: bytes | str) -> Tenant | None:
-        """Return the tenant that a message names; None where there is none, or the replica has that version."""
+        """Return the tenant that a message names; None where there is none, or this process has that version."""
         version, _, storage_key = as_bytes(message).partition(b" ")
         tenant = self._by_storage_key.get(storage_key)
-        return None if tenant is None or version == encode_version(tenant.state.version) else tenant
+        is_news = tenant is not None and version != tenant.state.found.expected and version not in tenant.writing
+        return tenant if is_news else None
 
-    def adopt(self, tenant: Tenant, found: Found) -> bool:
-        """Take what a reply holds into the replica; return False where Redis lost changes that this process knows."""
+    def adopt(self, tenant: Tenant, found: Found, entry: Entry | None = None) -> None:
+        """Take what Redis holds into the replica, unless the replica has learned of a later version.
+
+        Args:
+            tenant: The tenant.
+            found: The reply.
+            entry: The entry on the clock of this process, where this process has stored it; None where it has not.
+        """
         known = tenant.state
-        there, here = (found.version, *marks(found.entry)), (known.version, *marks(known.entry))
-        if found.is_refused or any(map(lt, there, here)):
-            return found.order < known.order
-        if found.version > known.version or not known.entry.verified:
-            self.apply(tenant, found.version, shift(found.entry, found.early_offset))
-        return True
-
-    def apply(self, tenant: Tenant, version: int, entry: Entry) -> None:
-        """Take an entry into the replica, unless that holds a later one."""
+        if found.version == known.found.version and known.entry.verified:
+            return
+        if entry is None:
+            entry = shift(found.entry, found.early_offset)
         with self._lock:
             known = tenant.state
-            if version < known.version or (version == known.version and known.entry.verified):
+            if found.version <= known.found.version and found.order < known.order:
                 return
-            tenant.state = State(version, entry, next(self._orders))
+            tenant.state = State(found, entry, next(self._orders))
             self.versions[tenant.index] += 1
-            is_own = version in tenant.writing
+            is_own = found.expected in tenant.writing
             if not is_own:
                 self._changed.add(tenant.name)
         if not is_own:
             self._notify()
-
-
-def marks(entry: Entry) -> tuple[int, int]:
-    """Return the numbers of an entry that fall only where data is lost: its generation, and the token of its value.
-
-    They are 0 where forged numbers came to their end: that entry is given up, and the numbers begin again.
-    """
-    if max(entry.generation, entry.token) >= MAX_COUNTER:
-        return 0, 0
-    return entry.generation, entry.snapshot.token if entry.snapshot else 0

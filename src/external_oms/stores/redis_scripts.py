@@ -11,7 +11,7 @@ import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import compress
 from typing import Any, TypeAlias
 
 from external_oms.clock import Clock
@@ -20,15 +20,15 @@ from external_oms.entry import Entry
 from external_oms.stores.redis_client import Client, Server, server_of, store_errors
 
 __all__ = [
-    "MAX_COUNTER",
+    "COMPARE_AND_SET",
     "MEMBERS",
+    "NOTHING",
     "REPORT",
     "Arguments",
     "Found",
     "Scripts",
     "as_bytes",
     "decode_rows",
-    "encode_version",
 ]
 
 Arguments: TypeAlias = Sequence[str | bytes | int]
@@ -37,7 +37,7 @@ PULL_AT_ONCE = 500
 """Entries read by one pipeline: enough to hide the round trip, few enough that Redis serves others in between."""
 
 NO_VERSION = b"-"
-"""The known version for READ that no entry has, so that READ always returns the text."""
+"""The known version for READ that no entry has, so that READ returns the text, whatever it is."""
 
 _READ = """
 local kind = redis.call('TYPE', KEYS[1]).ok
@@ -116,10 +116,6 @@ return {string.format('%.0f', now), redis.call('XREVRANGE', KEYS[1], '+', string
 """
 """Return the time of the server in milliseconds and the heartbeats that live, newest first. ARGV[1]: their life."""
 
-MAX_COUNTER = MAX_NUMBER >> 1
-"""The least generation or token that is refused: half of what the codec takes. No count of ours comes near it, and one
-that was forged can be raised a little without becoming a text that the codec refuses."""
-
 _VERSION = re.compile(rb"([0-9]+)\n")
 _VERSION_DIGITS = 16
 
@@ -135,76 +131,75 @@ class Found:
         is_refused: Whether something is there that is no entry of ours.
         server_us: The time of the server, in microseconds since the epoch.
         seen: Which of the delivery ids exist.
-        sent: When the request was sent, on the clock of this process.
-        received: When the reply came.
+        received: When the reply came, on the clock of this process.
+        early_offset: Seconds from the clock of the server to that of this process, too low by less than the round trip.
+        late_offset: The same, too high by less than the round trip.
         order: The number of the request; a later request has a higher one.
     """
 
-    entry: Entry
-    version: int
-    expected: bytes
-    is_refused: bool
-    server_us: int
-    seen: frozenset[str]
-    sent: float
-    received: float
-    order: int
+    entry: Entry = Entry()  # noqa: RUF009 - it is frozen
+    version: int = 0
+    expected: bytes = b""
+    is_refused: bool = False
+    server_us: int = 0
+    seen: frozenset[str] = frozenset()
+    received: float = 0.0
+    early_offset: float = 0.0
+    late_offset: float = 0.0
+    order: int = 0
 
-    @property
-    def early_offset(self) -> float:
-        """Seconds from the clock of the server to that of this process, too low by less than the round trip."""
-        return self.sent - self.server_us / 1e6
 
-    @property
-    def late_offset(self) -> float:
-        """Seconds from the clock of the server to that of this process, too high by less than the round trip."""
-        return self.received - self.server_us / 1e6
+NOTHING = Found()
+"""What a process knows of an entry at first."""
 
 
 def decode_found(
-    reply: Sequence[Any], *, sent: float, received: float, order: int, delivery_ids: Sequence[str] = ()
-) -> Found | None:
-    """Return what a reply of READ holds; None where the entry has the version that the caller knows.
+    reply: Sequence[Any],
+    known: Found,
+    *,
+    sent: float,
+    received: float,
+    order: int,
+    delivery_ids: Sequence[str] = (),
+) -> Found:
+    """Return what a reply of READ holds.
 
     Args:
         reply: The reply, as bytes or as text.
+        known: The entry whose version was given to the script: the reply leaves out the text where it is the same.
         sent: When the request was sent.
         received: When the reply came.
         order: The number of the request.
         delivery_ids: The ids whose keys were given to the script, in order.
     """
     text, server_us, *existing = reply
-    if text is None:
-        return None
-    text = as_bytes(text)
-    versioned = _VERSION.match(text)
-    expected = versioned[1] if versioned else b""
-    version, entry, is_refused = 0, Entry(), False
-    if text:
+    version, entry, expected, is_refused = known.version, known.entry, known.expected, known.is_refused
+    if text is not None:
+        text = as_bytes(text)
+        versioned = _VERSION.match(text)
+        expected = versioned[1] if versioned else b""
+        version, entry, is_refused = 0, NOTHING.entry, False
         try:
-            entry = decode_entry(text[len(expected) :])
-            version = int(expected[:_VERSION_DIGITS])
-            is_refused = version >= MAX_NUMBER or len(expected) > _VERSION_DIGITS or not _is_plausible(entry)
+            if text:
+                entry, version = decode_entry(text[len(expected) :]), int(expected[:_VERSION_DIGITS])
+                is_refused = version >= MAX_NUMBER or len(expected) > _VERSION_DIGITS
         except ValueError:  # a MalformedError, or there is no version
             is_refused = True
-    if is_refused:
-        version, entry = 0, Entry()
+        if is_refused:
+            version, entry = 0, NOTHING.entry
+    server = int(server_us)
     return Found(
         entry=entry,
         version=version,
         expected=expected,
         is_refused=is_refused,
-        server_us=int(server_us),
-        seen=frozenset(one for one, exists in zip(delivery_ids, existing, strict=True) if exists),
-        sent=sent,
+        server_us=server,
+        seen=frozenset(compress(delivery_ids, existing)),
         received=received,
+        early_offset=sent - server / 1e6,
+        late_offset=received - server / 1e6,
         order=order,
     )
-
-
-def _is_plausible(entry: Entry) -> bool:
-    """Return whether the counters of an entry leave room for the ones that follow."""
-    return entry.generation < MAX_COUNTER and entry.token < MAX_COUNTER
 
 
 class Scripts:
@@ -221,6 +216,7 @@ class Scripts:
     def __init__(self, connect: Callable[[], Client], *, clock: Clock) -> None:
         self._connect = connect
         self._clock = clock
+        self._registered: dict[str, Any] = {}
         self.orders = itertools.count(1)
 
     def run(self, script: str, keys: Sequence[str], arguments: Arguments) -> Any:  # noqa: ANN401 - any reply of Redis
@@ -231,51 +227,63 @@ class Scripts:
         """
         client = self._connect()
         with store_errors():
-            return client.register_script(script)(keys, arguments)
+            return self._script(client, script)(keys, arguments)
 
-    def read(self, keys: Sequence[str], delivery_ids: Sequence[str]) -> Found | None:
-        """Return the entry of a tenant, whatever its version."""
-        return self._find(READ, keys, [NO_VERSION], delivery_ids)
+    def _script(self, client: Client, text: str) -> Any:  # noqa: ANN401 - redis-py has no type for it
+        script = self._registered.get(text)
+        if script is None or script.registered_client is not client:
+            script = self._registered[text] = client.register_script(text)  # which hashes the text
+        return script
 
-    def compare_and_set(self, keys: Sequence[str], arguments: Arguments, delivery_ids: Sequence[str]) -> Found | None:
-        """Store an entry and return None, or return the entry that another process stored meanwhile."""
-        return self._find(COMPARE_AND_SET, keys, arguments, delivery_ids)
+    def read(self, keys: Sequence[str], delivery_ids: Sequence[str], known: Found) -> Found:
+        """Return the entry of a tenant; Redis sends it only where its version is not the known one."""
+        found = self.find(READ, keys, [known.expected or NO_VERSION], delivery_ids, known)
+        assert found is not None  # noqa: S101 - READ always replies
+        return found
 
-    def _find(
-        self, script: str, keys: Sequence[str], arguments: Arguments, delivery_ids: Sequence[str] = ()
+    def find(
+        self,
+        script: str,
+        keys: Sequence[str],
+        arguments: Arguments,
+        delivery_ids: Sequence[str] = (),
+        known: Found = NOTHING,
     ) -> Found | None:
+        """Run READ or COMPARE_AND_SET; return the entry that is found; None where the given one was stored."""
         order, sent = next(self.orders), self._clock.monotonic()
         reply = self.run(script, keys, arguments)
         received = self._clock.monotonic()
         if reply is None:
             return None
-        return decode_found(reply, sent=sent, received=received, order=order, delivery_ids=delivery_ids)
+        return decode_found(reply, known, sent=sent, received=received, order=order, delivery_ids=delivery_ids)
 
-    def read_all(self, versions: Mapping[str, int]) -> Iterator[tuple[str, Found | None]]:
-        """Read entries in one round trip per server; yield each with its key, None where it has the known version.
+    def read_all(self, known: Mapping[str, Found]) -> Iterator[tuple[str, Found]]:
+        """Read entries in one round trip per server; yield each with its key.
 
         A cluster's pipeline takes no scripts, so each server of it gets a pipeline of its own. An entry that answers
         with an error is read alone, which loads the script into a new server, follows a slot that has moved, or raises.
 
         Args:
-            versions: The keys of the entries, each with the version that the caller knows.
+            known: The keys of the entries, each with what the caller knows.
         """
-        for start in range(0, len(versions), PULL_AT_ONCE):
-            pending = list(islice(versions, start, start + PULL_AT_ONCE))
+        keys = list(known)
+        for start in range(0, len(keys), PULL_AT_ONCE):
+            pending = keys[start : start + PULL_AT_ONCE]
             while pending:
+                client = self._connect()
                 with store_errors():
-                    replies, pending = self._read_by_server(self._connect(), pending, versions)
+                    replies, pending = self._read_by_server(client, pending, known)
                 yield from replies
                 if pending:
                     key = pending.pop()
-                    yield key, self._find(READ, [key], [encode_version(versions[key])])
+                    yield key, self.read([key], (), known[key])
 
     def _read_by_server(
-        self, client: Client, keys: Sequence[str], versions: Mapping[str, int]
-    ) -> tuple[list[tuple[str, Found | None]], list[str]]:
-        replies: list[tuple[str, Found | None]] = []
+        self, client: Client, keys: Sequence[str], known: Mapping[str, Found]
+    ) -> tuple[list[tuple[str, Found]], list[str]]:
+        replies: list[tuple[str, Found]] = []
         failed: list[str] = []
-        sha = client.register_script(READ).sha
+        sha = self._script(client, READ).sha
         servers: dict[Server, list[str]] = {}
         for key in keys:
             servers.setdefault(server_of(client, key), []).append(key)
@@ -283,14 +291,15 @@ class Scripts:
             order, sent = next(self.orders), self._clock.monotonic()
             pipeline = server.pipeline(transaction=False)
             for key in group:
-                pipeline.evalsha(sha, 1, key, encode_version(versions[key]))
+                pipeline.evalsha(sha, 1, key, known[key].expected or NO_VERSION)
             answers = pipeline.execute(raise_on_error=False)
             received = self._clock.monotonic()
             for key, answer in zip(group, answers, strict=True):
                 if isinstance(answer, Exception):
                     failed.append(key)
                 else:
-                    replies.append((key, decode_found(answer, sent=sent, received=received, order=order)))
+                    found = decode_found(answer, known[key], sent=sent, received=received, order=order)
+                    replies.append((key, found))
         return replies, failed
 
 
@@ -305,8 +314,3 @@ def decode_rows(reply: Iterable[Any]) -> Iterator[tuple[int, Mapping[bytes, byte
 def as_bytes(text: str | bytes) -> bytes:
     """Return a text of a reply as bytes; a client that the caller made may decode replies."""
     return text.encode(errors="replace") if isinstance(text, str) else text
-
-
-def encode_version(version: int) -> bytes:
-    """Return a version as READ wants it, and as a message holds it."""
-    return b"%d" % version if version else b""

@@ -97,6 +97,8 @@ MAX_ID = (1 << 63) - 1
 NOTICE_SECONDS = 60.0
 """How long `health` reports that something was set aside: several scrapes of a monitoring system."""
 
+OCCUPIED = "other threads of this process keep the state file busy; try again"
+
 T = TypeVar("T")
 
 _EMPTY = Entry()
@@ -163,19 +165,18 @@ class FairLock:
                 self.owner = None
 
 
-class _Channel:
+class _Channel(FairLock):
     """One connection to the file, and the lock under which it is used.
 
     Args:
         wait_seconds: How long SQLite itself waits for locks.
 
     Attributes:
-        lock: The lock.
         data_version: The last `PRAGMA data_version` that `poll` saw on this connection; None where it has seen none.
     """
 
     def __init__(self, wait_seconds: float) -> None:
-        self.lock = FairLock()
+        super().__init__()
         self.data_version: int | None = None
         self._wait_seconds = wait_seconds
         self._file: OpenFile | None = None
@@ -193,13 +194,12 @@ class _Channel:
         Raises:
             StoreBusy: Other threads of this process did not finish in time.
         """
-        lock = self.lock
-        if not lock.acquire(timeout_seconds):
-            raise StoreBusy("other threads of this process keep the state file busy; try again")
+        if not self.acquire(timeout_seconds):
+            raise StoreBusy(OCCUPIED)
         try:
             yield
         finally:
-            lock.release()
+            self.release()
 
     def connection(self, file: OpenFile) -> sqlite3.Connection:
         """Return the connection to this file, opened where it is not. Under the lock.
@@ -218,6 +218,23 @@ class _Channel:
         connection, self._connection, self.data_version = self._connection, None, None
         if connection is not None:
             connection.close()
+
+
+class _Keys(dict[str, str]):
+    """The storage keys by tenant; that of a tenant without one is its name.
+
+    Attributes:
+        tenants: The tenants by storage key.
+    """
+
+    def __init__(self, keys: Mapping[str, str]) -> None:
+        super().__init__(keys)
+        self.tenants = {key: tenant for tenant, key in keys.items()}
+
+    def __missing__(self, tenant: str) -> str:
+        self[tenant] = tenant
+        self.tenants.setdefault(tenant, tenant)
+        return tenant
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,9 +285,8 @@ class SqliteStore:
         mountinfo: str | None = None,
     ) -> None:
         self._path = path
-        self._keys = dict(keys or {})
+        self._keys = _Keys(keys or {})
         self._own_keys = None if keys is None else ["", *keys.values()]  # "": rows about the store itself
-        self._tenants = {key: tenant for tenant, key in self._keys.items()}
         self._clock = clock
         self._history_rows = history_rows
         self._history_seconds = history_seconds
@@ -284,6 +300,7 @@ class SqliteStore:
         self._inspect_at = float("-inf")
         self._problems: dict[str, str] = {}
         self._malformed: dict[str, object] = {}  # per storage key the version of a row that could not be decoded
+        self._decoded: dict[str, tuple[tuple[object, object], Entry]] = {}  # per storage key the last row, decoded
         self._notice = ("", float("-inf"))
         self._begin()
         with suppress(OSError):  # where it cannot be looked at now, the first use says so
@@ -309,22 +326,17 @@ class SqliteStore:
 
     # -- version words ----------------------------------------------------------------------------------------------
 
-    def _key(self, tenant: str) -> str:
-        key = self._keys.get(tenant, tenant)
-        self._tenants.setdefault(key, tenant)
-        return key
-
     def version_ref(self, tenant: str) -> tuple[Sequence[int], int]:
         """Return where the version word of a tenant stands: in shared memory."""
         if self._file is None:
             with suppress(StoreError):
                 self._open_for_reading()
         versions = self._versions
-        return versions.words, versions.index(self._key(tenant))
+        return versions.words, versions.index(self._keys[tenant])
 
     def touch(self, tenant: str) -> None:
         """Change the version word, for every process."""
-        self._versions.invalidate(self._versions.index(self._key(tenant)))
+        self._versions.invalidate(self._versions.index(self._keys[tenant]))
 
     # -- the file ---------------------------------------------------------------------------------------------------
 
@@ -337,7 +349,8 @@ class SqliteStore:
         file, now = self._file, self._clock.monotonic()
         if file is not None and (not self._suspect or (now < self._open_at and file.is_in_place())):
             return file
-        self._refuse_to_open(file)
+        if file is None and now < self._open_at:
+            raise StoreError(self._problems.get("open", f"{self._path} could not be opened a moment ago"))
         try:
             opened = open_file(
                 self._path, boot=self._boot, clock=self._clock, mountinfo=self._mountinfo, wait_seconds=wait_seconds
@@ -371,12 +384,7 @@ class SqliteStore:
         if opened.damaged:
             self._notice = (opened.set_aside[-1], self._clock.monotonic() + NOTICE_SECONDS)
 
-    def _refuse_to_open(self, file: OpenFile | None) -> None:
-        if file is None and self._clock.monotonic() < self._open_at:
-            raise StoreError(self._problems.get("open", f"{self._path} could not be opened a moment ago"))
-
     def _open_for_reading(self) -> OpenFile:
-        self._refuse_to_open(None)
         with self._writer.use(TURN_SECONDS):
             return self._opened(READ_SECONDS)
 
@@ -400,14 +408,17 @@ class SqliteStore:
         """
         file = file or self._file or self._open_for_reading()
         reader = self._reader
+        if not reader.acquire(TURN_SECONDS):  # not `use`, which costs every load two calls
+            raise StoreBusy(OCCUPIED)
         try:
-            with reader.use(TURN_SECONDS):
-                result = work(reader.connection(file))
+            result = work(reader.connection(file))
         except sqlite3.Error as error:
             if not file.is_in_place():
                 self._suspect = True
                 raise StoreBusy(f"{self._path} was replaced, and is opened anew at the next poll") from error
             raise self._failure(error, "read") from error
+        finally:
+            reader.release()
         if self._problems:
             self._problems.pop("read", None)
         return result
@@ -463,12 +474,12 @@ class SqliteStore:
 
     def load(self, tenant: str) -> Entry:
         """Return the entry from the file."""
-        key = self._key(tenant)
+        key = self._keys[tenant]
         return self._entry(key, self._read(lambda connection: _row(connection, key)))[1]
 
     def transact(self, tenant: str, transition: Transition[T], *, delivery_ids: Sequence[str] = ()) -> T:
         """Apply a transition in one transaction, and then publish the version word."""
-        key = self._key(tenant)
+        key = self._keys[tenant]
 
         def apply(connection: sqlite3.Connection) -> _Outcome[T]:
             now = self._clock.monotonic()
@@ -477,14 +488,15 @@ class SqliteStore:
             change = transition(entry, Moment(now, seen=seen))
             events, after = change.events, version
             if change.entry is not entry:
-                after = next_version(connection)
+                after, text = next_version(connection), encode_entry(change.entry)
                 if not is_sound:
                     events = (*events, self._set_row_aside(connection, key, tenant))
                 connection.execute(
                     "INSERT INTO entries VALUES (?, ?, ?)"
                     " ON CONFLICT (key) DO UPDATE SET version = excluded.version, entry = excluded.entry",
-                    (key, after, encode_entry(change.entry)),
+                    (key, after, text),
                 )
+                self._decoded[key] = (after, text.encode()), change.entry  # of no use where the commit fails
             if change.claims:
                 connection.execute("DELETE FROM delivery_ids WHERE until <= ?", (now,))
                 connection.executemany(
@@ -506,6 +518,9 @@ class SqliteStore:
         if row is None:
             return 0, _EMPTY, True
         version, text = row
+        decoded = self._decoded.get(key)
+        if decoded is not None and decoded[0] == row:
+            return version, decoded[1], True  # type: ignore[return-value]  # it was checked when it was decoded
         try:
             if type(version) is not int or not isinstance(text, bytes):
                 raise MalformedError("a column has another type")  # noqa: TRY301 - one way for every malformed row
@@ -517,6 +532,7 @@ class SqliteStore:
             return 0, _EMPTY, False
         if self._malformed:
             self._malformed.pop(key, None)
+        self._decoded[key] = row, entry
         return version, entry, True
 
     def _set_row_aside(self, connection: sqlite3.Connection, key: str, tenant: str) -> Event:
@@ -557,7 +573,7 @@ class SqliteStore:
         changed: set[str] = set()
         if self._reopened:
             self._reopened = False
-            changed.update(self._tenants.copy().values())
+            changed.update(self._keys.tenants.copy().values())
         reader = self._reader
         rows = self._read(lambda connection: _changed_rows(connection, reader, file.polled_version), file)
         latest: dict[int, int] = {}
@@ -569,7 +585,7 @@ class SqliteStore:
             latest[index] = max(version, latest.get(index, 0))
             if version > file.polled.get(key, 0):
                 file.polled[key] = version
-                tenant = self._tenants.get(key, key if self._own_keys is None else None)
+                tenant = self._keys.tenants.get(key, key if self._own_keys is None else None)
                 if tenant is not None:
                     changed.add(tenant)
         for index, version in latest.items():
@@ -591,7 +607,7 @@ class SqliteStore:
         self._write(lambda connection: self._insert(connection, event))
 
     def _insert(self, connection: sqlite3.Connection, event: Event) -> _Outcome[None]:
-        key = self._key(event.tenant) if event.tenant else ""
+        key = self._keys[event.tenant] if event.tenant else ""
         row = (key, event.at.timestamp(), encode_event(event))
         last = connection.execute("INSERT INTO history (key, at, event) VALUES (?, ?, ?)", row).lastrowid or 0
         if last % PRUNE_EVERY == 0:
@@ -613,14 +629,14 @@ class SqliteStore:
 
     def _keys_of(self, tenant: str | None) -> tuple[str | None, str | None]:
         """Return the keys that a statement lists, for its two marks: of one tenant, of this store, or None for all."""
-        keys = self._own_keys if tenant is None else [self._key(tenant)]
+        keys = self._own_keys if tenant is None else [self._keys[tenant]]
         text = None if keys is None else json.dumps(keys)
         return text, text
 
     def report(self, members: Sequence[Member]) -> None:
         """Store the heartbeats of this process, and forget those of members that are silent."""
         now = self._clock.monotonic()
-        rows = [(one.name, self._key(one.tenant), now, encode_member(one)) for one in members]
+        rows = [(one.name, self._keys[one.tenant], now, encode_member(one)) for one in members]
 
         def replace_rows(connection: sqlite3.Connection) -> _Outcome[None]:
             connection.execute("DELETE FROM members WHERE at <= ?", (now - MEMBER_SECONDS,))
@@ -667,7 +683,7 @@ class SqliteStore:
         if self._pid == os.getpid():
             return
         for channel in (self._writer, self._reader):
-            if channel.is_open and channel.lock.owner is not None:
+            if channel.is_open and channel.owner is not None:
                 _abandoned.append(channel)
                 self._file, self._open_at = None, float("inf")
                 self._problems["open"] = (
@@ -689,11 +705,11 @@ class SqliteStore:
     def close_for_fork(self) -> Iterator[FairLock]:
         """Close the connections, and yield the locks that are held for the fork."""
         for channel in (self._writer, self._reader):
-            if channel.lock.owner == threading.get_ident():  # in a signal handler, which interrupted this very thread
+            if channel.owner == threading.get_ident():  # in a signal handler, which interrupted this very thread
                 channel.close()
-            elif channel.lock.acquire(FORK_SECONDS, first=True):
+            elif channel.acquire(FORK_SECONDS, first=True):
                 channel.close()
-                yield channel.lock
+                yield channel
 
 
 def _row(connection: sqlite3.Connection, key: str) -> tuple[object, object] | None:

@@ -72,6 +72,10 @@ MAX_VERSION = 1 << 61
 BUSY_SECONDS = 2.0
 """How long opening waits for transactions of other processes, which take well under 1 ms."""
 
+LOG_PAGES = 200
+"""How many pages of 4 KiB the log holds before its content goes into the database: with SQLite's own 1000 pages the log
+alone fills a disk of 4 MB, and a full disk keeps the log from being emptied."""
+
 _PARTS = ("", "-wal", "-shm", "-generations")
 _VERSION_TABLE = "-generations"
 
@@ -125,6 +129,7 @@ class OpenFile:
         connection = _connect(self.path, wait_seconds)
         try:
             connection.execute("PRAGMA synchronous = NORMAL")
+            connection.execute(f"PRAGMA wal_autocheckpoint = {LOG_PAGES}")
             # an inode is used again once the last connection to it is closed, so its number is not enough
             if not self.has_its_name() or _service(connection)[0] != self.identity:
                 raise sqlite3.OperationalError("another file has its name")
@@ -170,8 +175,10 @@ def next_version(connection: sqlite3.Connection) -> int:
     Raises:
         DamagedError: The counter is not a number in range.
     """
-    version = _counter(connection) + 1
-    connection.execute("UPDATE service SET version = ?", (version,))
+    count = "UPDATE service SET version = version + 1 WHERE typeof(version) = 'integer' AND version BETWEEN 0 AND ?"
+    if connection.execute(count, (MAX_VERSION - 2,)).rowcount != 1:
+        raise DamagedError("the version counter is missing or out of range")
+    version: int = connection.execute("SELECT version FROM service").fetchone()[0]
     return version
 
 
@@ -245,16 +252,16 @@ def check_place(path: Path, mountinfo: str) -> None:
         _check_file(_beside(path, part))
 
 
-def _check_file(path: Path) -> bool:
-    """Return whether there is a file.
+def _check_file(path: Path) -> None:
+    """Refuse something that is not a file of this user alone.
 
     Raises:
-        StoreError: There is something that is not a file of this user alone.
+        StoreError: There is such a thing.
     """
     try:
         found = path.lstat()
     except FileNotFoundError:
-        return False
+        return
     if not stat.S_ISREG(found.st_mode):
         what = "a symbolic link" if stat.S_ISLNK(found.st_mode) else "not a regular file"
         raise StoreError(f"{path} is {what}; name the file itself, or remove it")
@@ -262,7 +269,6 @@ def _check_file(path: Path) -> bool:
         raise StoreError(f"{path} belongs to another user; name a file of the user that runs the service")
     if found.st_mode & (stat.S_IRWXG | stat.S_IRWXO):  # also to read: an open descriptor is enough to hold a lock
         raise StoreError(f"{path} is open to other users; find out why, then run `chmod 600 {path}`")
-    return True
 
 
 def _beside(path: Path, part: str) -> Path:
@@ -299,8 +305,7 @@ def open_file(path: Path, *, boot: str, clock: Clock, mountinfo: str, wait_secon
     check_place(path, mountinfo)
     with _alone(path, wait_seconds):
         set_aside: list[str] = []
-        leftover = any(_check_file(_beside(path, part)) for part in _PARTS[1:])
-        damaged = leftover and _inode(path) is None
+        damaged = _inode(path) is None and any(os.path.lexists(_beside(path, part)) for part in _PARTS[1:])
         if damaged:  # SQLite would delete the log of a database that is gone
             set_aside.append(_set_aside(path, f"{path} is missing or empty, and its other files are left", clock))
         try:
@@ -348,7 +353,7 @@ def _open_database(path: Path, boot: str, clock: Clock) -> tuple[bytes, int]:
     Raises:
         _UnusableError: It could not be used and was set aside; the text says so.
     """
-    if not _check_file(path):
+    with suppress(FileExistsError):
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
     # It is set aside before the connection is closed, which would write the log into the database and delete the log.
     with closing(_connect(path, BUSY_SECONDS)) as connection:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from functools import cache, partial
 from importlib.resources import files
-from typing import Any
+from typing import Any, TypedDict
+from urllib.parse import urlencode
 
 from flask import Blueprint, Flask, Response, current_app, g, jsonify, request, session
 
@@ -18,7 +21,7 @@ from external_oms.config import format_instant
 from external_oms.errors import ExternalOMSError
 from external_oms.policy import State
 from external_oms.problems import JSON, Problem, check_json_type, json_object
-from external_oms.records import Event
+from external_oms.records import Cause, Event
 from external_oms.web.access import is_session_valid, require_role
 from external_oms.web.errors import read_body
 from external_oms.web.keys import Role, Via
@@ -26,12 +29,17 @@ from external_oms.web.sse import Message, stream_response
 from external_oms.web.state import current_oms, get_oms
 
 __all__ = [
+    "CSV_TYPE",
     "HISTORY_LIMIT",
     "REASON_LENGTH",
+    "HistoryFilter",
     "bp",
+    "csv_header",
     "description",
     "documented",
+    "event_csv",
     "event_shape",
+    "history_filter",
     "read_now",
     "routed_paths",
     "state_shape",
@@ -45,6 +53,7 @@ REASON_LENGTH = 500
 """The longest reason, in characters."""
 
 _PAGE = 100
+_ACTOR_LENGTH = 128
 _BODY_BYTES = 8192
 _DIGITS = 18  # any number of so many digits fits a store's 64-bit integer
 _CONVERTER = re.compile(r"<(?:[^:<>]+:)?([^<>]+)>")
@@ -89,14 +98,19 @@ def refresh(tenant: str) -> Response:
 @require_role(Role.VIEWER)
 def history() -> Response:
     """Return a page of history, newest first."""
-    named = request.args.get("tenant")
     limit = _number("limit", least=1, most=HISTORY_LIMIT) or _PAGE
     before = _number("before", least=1, most=10**_DIGITS)
-    chosen = None if named is None else current_oms.cache.tenant_of(named)
-    rows = current_oms.operations.history(tenant=chosen, limit=limit + 1, before=before)
-    page = rows[:limit]
-    following = page[-1].id if len(rows) > len(page) else None
-    return jsonify({"events": [event_shape(event) for event in page], "next": following})
+    form = request.args.get("format", "json")
+    if form not in {"json", "csv"}:
+        raise Problem(400, "`format` must be json or csv")
+    page = current_oms.operations.search_history(**history_filter(), limit=limit, before=before)
+    if form == "json":
+        return jsonify({"events": [event_shape(event) for event in page.events], "next": page.next})
+    response = Response([csv_header(), *map(event_csv, page.events)], content_type=CSV_TYPE)
+    if page.next is not None:
+        query = {**request.args, "before": page.next}
+        response.headers["Link"] = f'<{request.script_root}{request.path}?{urlencode(query)}>; rel="next"'
+    return response
 
 
 @bp.get("/api/v1/events")
@@ -207,6 +221,65 @@ def event_shape(event: Event) -> dict[str, JSON]:
         "latency_seconds": _rounded(event.latency_seconds),
         "detail": event.detail,
     }
+
+
+_COLUMNS = ("id", "at", "tenant", "cause", "enabled", "actor", "delivery_id", "latency_seconds", "detail")
+
+CSV_TYPE = "text/csv; charset=utf-8; header=present"
+
+
+def csv_header() -> str:
+    """Return the first line of a history in CSV."""
+    return _csv_line(_COLUMNS)
+
+
+def event_csv(event: Event) -> str:
+    """Return a row of history as a line of CSV (RFC 4180)."""
+    shape = event_shape(event)
+    return _csv_line(["" if shape[name] is None else _csv_cell(shape[name]) for name in _COLUMNS])
+
+
+def _csv_line(cells: Sequence[str]) -> str:
+    buffer = io.StringIO()
+    csv.writer(buffer).writerow(cells)
+    return buffer.getvalue()
+
+
+def _csv_cell(value: JSON) -> str:
+    """Return the text of a cell. A spreadsheet would run text that looks like a formula, so an apostrophe precedes it.
+
+    Source: OWASP, "CSV Injection".
+    """
+    if not isinstance(value, str):
+        return json.dumps(value)
+    return f"'{value}" if value.startswith(("=", "+", "-", "@", "\t", "\r", "\n")) else value
+
+
+class HistoryFilter(TypedDict):
+    """Which rows of history a request asks for, as `Operations.search_history` takes it."""
+
+    tenant: str | None
+    cause: Cause | None
+    actor: str
+
+
+def history_filter() -> HistoryFilter:
+    """Return the filter in the query of this request.
+
+    Raises:
+        TenantError: The tenant is not configured.
+        Problem: 400: the cause is none, or the actor is too long.
+    """
+    tenant, cause, actor = (request.args.get(name) for name in ("tenant", "cause", "actor"))
+    if cause and cause not in set(Cause):
+        raise Problem(400, f"`cause` must be one of {', '.join(Cause)}")
+    if actor and len(actor) > _ACTOR_LENGTH:
+        raise Problem(400, f"`actor` must have {_ACTOR_LENGTH} characters at most")
+    return HistoryFilter(
+        tenant=None if tenant is None else current_oms.cache.tenant_of(tenant),
+        cause=Cause(cause) if cause else None,
+        actor=actor or "",
+    )
 
 
 def _switch_in(given: Mapping[str, JSON]) -> tuple[bool, str]:

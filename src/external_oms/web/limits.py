@@ -1,16 +1,21 @@
-"""Rate limits per minute and caller, and ended sessions; shared through Redis if the store is Redis.
+"""Rate limits per minute and caller, and ended sessions; shared through Redis or a file, as the store is.
 
 `limits`, the engine of Flask-Limiter, is used directly: one counter serves Flask's views and `external_oms.webhook`.
+With a file store, logins, writes and ended sessions are counted in a file beside it, for all processes of the host;
+deliveries, which are many, are counted per process.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import sqlite3
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TypeVar
 
 from limits import RateLimitItemPerMinute
@@ -24,10 +29,13 @@ from external_oms.settings import Settings
 __all__ = ["Limits"]
 
 REDIS_SECONDS = 0.5
-"""How long a request waits for the counter in Redis, in seconds."""
+"""How long a request waits for the shared counter, in seconds."""
 
 RETRY_SECONDS = 10.0
-"""How long this process counts by itself after Redis failed, in seconds."""
+"""How long this process counts by itself after the shared counter failed, in seconds."""
+
+_FREQUENT = frozenset({"delivery", "refused"})
+"""Counted in Redis or in this process, and in no file."""
 
 T = TypeVar("T")
 
@@ -67,7 +75,7 @@ class Limits:
         Raises:
             Problem: 429 with Retry-After: too often.
         """
-        self._use(lambda storage: self._limit(storage, what, who, per_minute, count=True))
+        self._limit(what, who, per_minute, count=True)
 
     def check(self, what: str, who: str, *, per_minute: int) -> None:
         """Refuse where `hit` would, and count nothing.
@@ -75,7 +83,7 @@ class Limits:
         Raises:
             Problem: 429 with Retry-After: too often.
         """
-        self._use(lambda storage: self._limit(storage, what, who, per_minute, count=False))
+        self._limit(what, who, per_minute, count=False)
 
     def revoke(self, session_id: str) -> None:
         """Remember that a session has ended, for as long as a copy of its cookie could be used."""
@@ -86,32 +94,38 @@ class Limits:
             self._use(lambda storage: storage.incr(_revoked(session_id), expiry))
 
     def is_revoked(self, session_id: str) -> bool:
-        """Return whether a session has ended, as far as the counters of this process or of Redis know."""
+        """Return whether a session has ended, as far as this process or the shared counter knows."""
         return self._ready()[1].get(_revoked(session_id)) > 0 or self._use(
             lambda storage: storage.get(_revoked(session_id)) > 0
         )
 
-    def _limit(self, storage: Storage, what: str, who: str, per_minute: int, *, count: bool) -> None:
-        limiter, item = FixedWindowRateLimiter(storage), RateLimitItemPerMinute(per_minute)
-        if not (limiter.hit if count else limiter.test)(item, what, who):
-            seconds = limiter.get_window_stats(item, what, who).reset_time - self._wall()
-            wait = whole_seconds(seconds)
-            raise Problem(429, f"more than {per_minute} a minute; wait {wait} s", headers={"Retry-After": wait})
+    def _limit(self, what: str, who: str, per_minute: int, *, count: bool) -> None:
+        item = RateLimitItemPerMinute(per_minute)
 
-    def _use(self, work: Callable[[Storage], T]) -> T:
+        def refuse_over(storage: Storage) -> None:
+            limiter = FixedWindowRateLimiter(storage)
+            if not (limiter.hit if count else limiter.test)(item, what, who):
+                wait = whole_seconds(limiter.get_window_stats(item, what, who).reset_time - self._wall())
+                raise Problem(429, f"more than {per_minute} a minute; wait {wait} s", headers={"Retry-After": wait})
+
+        self._use(refuse_over, is_frequent=what in _FREQUENT)
+
+    def _use(self, work: Callable[[Storage], T], *, is_frequent: bool = False) -> T:
         shared, own = self._ready()
+        if is_frequent and isinstance(shared, FileStorage):
+            return work(own)
         if shared is None or (self._failed_at is not None and self._wall() < self._failed_at + RETRY_SECONDS):
             return work(own)
         try:
             result = work(shared)
-        except StorageError:
+        except (StorageError, ValueError):  # ValueError: another program has put a text in the place of a count
             if self._failed_at is None:
-                logger.warning("rate limits are counted per process: the counter in Redis does not answer")
+                logger.warning("rate limits are counted per process: the shared counter does not answer")
             self._failed_at = self._wall()
             return work(own)
         if self._failed_at is not None:
             self._failed_at = None
-            logger.warning("rate limits are counted in Redis again")
+            logger.warning("rate limits are counted together again")
         return result
 
     def _ready(self) -> tuple[Storage | None, Storage]:
@@ -123,8 +137,10 @@ class Limits:
 
     def _shared(self) -> Storage | None:
         scheme, _, rest = self._store.partition("://")
-        if scheme in {"memory", "sqlite"}:
+        if scheme == "memory":
             return None
+        if scheme == "sqlite":
+            return FileStorage(Path(f"{self._store.removeprefix('sqlite:///')}-limits"), wall=self._wall)
         uri = f"{'redis+unix' if scheme == 'unix' else scheme}://{rest}"
         timeouts = {"socket_timeout": REDIS_SECONDS, "socket_connect_timeout": REDIS_SECONDS}
         try:
@@ -133,6 +149,83 @@ class Limits:
             logger.warning("rate limits are counted per process: this form of Redis URL cannot be used for them")
             return None
         return storage if isinstance(storage, Storage) else None
+
+
+class FileStorage(Storage):
+    """Counters in a SQLite file, for the processes of one host; each use opens it, since uses are rare.
+
+    Args:
+        path: The file, in a directory that only its owner can write to, as the store demands.
+        wall: Seconds since the Unix epoch.
+    """
+
+    STORAGE_SCHEME = None
+
+    def __init__(self, path: Path, *, wall: Callable[[], float]) -> None:
+        super().__init__(wrap_exceptions=True)
+        self._path = path
+        self._wall = wall
+
+    @property
+    def base_exceptions(self) -> tuple[type[Exception], ...]:
+        """The errors that become a `StorageError`."""
+        return sqlite3.Error, OSError
+
+    @contextmanager
+    def _opened(self) -> Iterator[sqlite3.Connection]:
+        with suppress(FileExistsError):
+            os.close(os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+        connection = sqlite3.connect(self._path, timeout=REDIS_SECONDS, isolation_level=None)
+        try:
+            connection.execute("PRAGMA synchronous = OFF")  # a count that is lost in a power failure does not matter
+            connection.execute("BEGIN IMMEDIATE")
+            connection.execute("CREATE TABLE IF NOT EXISTS counts (key TEXT PRIMARY KEY, count INTEGER, ends REAL)")
+            connection.execute("DELETE FROM counts WHERE ends <= ?", (self._wall(),))
+            yield connection
+            connection.execute("COMMIT")
+        finally:
+            connection.close()
+
+    def incr(self, key: str, expiry: int, amount: int = 1) -> int:
+        """Add to a counter, which begins with a window of `expiry` seconds, and return it."""
+        with self._opened() as connection:
+            connection.execute(
+                "INSERT INTO counts VALUES (?, ?, ?) ON CONFLICT (key) DO UPDATE SET count = count + excluded.count",
+                (key, amount, self._wall() + expiry),
+            )
+            return _number(connection, "SELECT count FROM counts WHERE key = ?", key)
+
+    def get(self, key: str) -> int:
+        """Return a counter, 0 where there is none."""
+        with self._opened() as connection:
+            return _number(connection, "SELECT count FROM counts WHERE key = ?", key)
+
+    def get_expiry(self, key: str) -> float:
+        """Return when the window of a counter ends."""
+        with self._opened() as connection:
+            return (
+                _number(connection, "SELECT CAST(ends + 1 AS INTEGER) FROM counts WHERE key = ?", key) or self._wall()
+            )
+
+    def check(self) -> bool:
+        """Return whether the file can be used."""
+        with self._opened():
+            return True
+
+    def reset(self) -> int | None:
+        """Drop every counter."""
+        with self._opened() as connection:
+            return connection.execute("DELETE FROM counts").rowcount
+
+    def clear(self, key: str) -> None:
+        """Drop a counter."""
+        with self._opened() as connection:
+            connection.execute("DELETE FROM counts WHERE key = ?", (key,))
+
+
+def _number(connection: sqlite3.Connection, query: str, key: str) -> int:
+    row = connection.execute(query, (key,)).fetchone()
+    return int(row[0]) if row is not None else 0
 
 
 def _revoked(session_id: str) -> str:

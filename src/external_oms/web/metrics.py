@@ -12,11 +12,14 @@ library.
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache, partial
+from itertools import accumulate
 from pathlib import Path
 
 from flask import Blueprint, Response, current_app, request
@@ -25,6 +28,7 @@ from openfeature.hook import Hook, HookContext, HookHints
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, multiprocess
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, choose_encoder
 from prometheus_client.metrics_core import GaugeMetricFamily, InfoMetricFamily, Metric
+from prometheus_client.mmap_dict import MmapedDict
 from prometheus_client.registry import Collector
 
 from external_oms import __version__
@@ -114,8 +118,8 @@ class _Counts:
         self.evaluations = counter(
             PREFIX + "evaluations",
             "Evaluations of the flag, by reason and way; DEFAULT and ERROR had no value that may be served, so look at "
-            "external_oms_freshness.",
-            ("tenant", "reason", "via"),
+            "external_oms_freshness. The value is none where the caller's own default decided.",
+            ("tenant", "reason", "via", "value"),
         )
         self.deliveries = counter(
             PREFIX + "deliveries",
@@ -154,7 +158,8 @@ class _Counts:
         """Set the usual series to 0, so that `rate` and `increase` see the first event."""
         for reason in _REASONS:
             for via in ("sdk", "ofrep"):
-                self.evaluations.labels(tenant, reason, via)
+                for value in ("none",) if reason == "ERROR" else ("on", "off"):
+                    self.evaluations.labels(tenant, reason, via, value)
         for result in _DELIVERED:
             self.deliveries.labels(tenant, result)
         for outcome in ("ok", "failed"):
@@ -174,6 +179,24 @@ def _shared_counts() -> _Counts:
 def are_shared() -> bool:
     """Return whether the processes of this server count together."""
     return DIRECTORY_VARIABLE in os.environ
+
+
+_Sample = tuple[str, Mapping[str, str], float]
+
+
+@dataclass(frozen=True, slots=True)
+class TenantCounts:
+    """What is counted for one tenant since the start.
+
+    Attributes:
+        latencies: How many reads succeeded within so many seconds, `inf` included.
+        failed_reads: How many reads failed.
+        evaluations: How many evaluations gave `on`, `off` and `none`.
+    """
+
+    latencies: Mapping[float, float]
+    failed_reads: float
+    evaluations: Mapping[str, float]
 
 
 class Metrics(Collector):
@@ -284,14 +307,56 @@ class Metrics(Collector):
         counts = [_without_created(metric) for metric in self._counted() if metric.name.startswith(PREFIX)]
         return sorted([*_gauges(self._oms), *counts], key=lambda metric: metric.name)
 
+    @property
+    def is_shared(self) -> bool:
+        """Whether the counts are those of all processes of this server."""
+        return self._registry is None
+
+    def counts_of(self, tenant: str) -> TenantCounts:
+        """Return what is counted for one tenant, without adding up the other tenants."""
+        buckets: dict[str, dict[float, float]] = {"ok": {}, "failed": {}}
+        evaluations = dict.fromkeys(("on", "off", "none"), 0.0)
+        for name, labels, value in self._shared_of(tenant) if self.is_shared else self._own_of(tenant):
+            if name.endswith("evaluations_total"):
+                evaluations[labels["value"]] += value
+            elif name.endswith("read_duration_seconds_bucket"):
+                counts, bound = buckets[labels["outcome"]], float(labels["le"])
+                counts[bound] = counts.get(bound, 0.0) + value
+        if self.is_shared:  # there a bucket does not include those below it
+            for outcome, counts in buckets.items():
+                bounds = sorted(counts)
+                buckets[outcome] = dict(zip(bounds, accumulate(counts[bound] for bound in bounds), strict=True))
+        return TenantCounts(buckets["ok"], max(buckets["failed"].values(), default=0.0), evaluations)
+
+    def _own_of(self, tenant: str) -> Iterator[_Sample]:
+        children: list[tuple[Collector, dict[str, str]]] = [
+            (self.counts.read_seconds.labels(tenant, outcome), {"outcome": outcome}) for outcome in ("ok", "failed")
+        ]
+        counted = tuple(self._evaluations.items())
+        children += [(child, {"value": event.value}) for event, child in counted if event.tenant == tenant]
+        with _scraping:
+            for child, labels in children:
+                for metric in child.collect():
+                    yield from ((sample.name, labels | sample.labels, sample.value) for sample in metric.samples)
+
+    def _shared_of(self, tenant: str) -> Iterator[_Sample]:
+        needle = json.dumps({"tenant": tenant})[1:-1]
+        for file in self._files():
+            for key, value, *_ in MmapedDict.read_all_values_from_file(file):  # type: ignore[no-untyped-call]  # the library has no types here
+                if needle in key:
+                    _, name, labels, _ = json.loads(key)
+                    yield name, labels, value
+
     def _counted(self) -> Iterable[Metric]:
         if self._registry is not None:
             with _scraping:
                 return list(self._registry.collect())
-        # A process makes its file before it fills it, and the library cannot read an empty one.
-        files = [str(file) for file in Path(os.environ[DIRECTORY_VARIABLE]).glob("*.db") if file.stat().st_size]
-        merged: Iterable[Metric] = multiprocess.MultiProcessCollector.merge(files, accumulate=True)  # type: ignore[no-untyped-call]  # the library has no types here
+        merged: Iterable[Metric] = multiprocess.MultiProcessCollector.merge(self._files(), accumulate=True)  # type: ignore[no-untyped-call]  # the library has no types here
         return merged
+
+    def _files(self) -> list[str]:
+        # A process makes its file before it fills it, and the library cannot read an empty one.
+        return [str(file) for file in Path(os.environ[DIRECTORY_VARIABLE]).glob("*.db") if file.stat().st_size]
 
 
 def _without_created(metric: Metric) -> Metric:
@@ -328,7 +393,8 @@ class MetricsHook(Hook):
         """Report how an evaluation ended, an error included."""
         if hook_context.flag_key == FLAG_KEY:
             reason = details.reason if details.reason in _KNOWN_REASONS else Reason.UNKNOWN.value
-            self._report(Evaluation(self._tenant(hook_context), str(reason), "sdk"))
+            value = "none" if details.reason == Reason.ERROR else "on" if details.value else "off"
+            self._report(Evaluation(self._tenant(hook_context), str(reason), "sdk", value))
 
     def _tenant(self, hook_context: HookContext) -> str:
         try:

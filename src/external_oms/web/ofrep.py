@@ -90,14 +90,14 @@ def evaluate(key: str) -> Response:
         details = oms.provider.resolve_boolean_details(key, False, context)
     except GeneralError:
         name = oms.cache.tenant_of(tenant)
-        oms.evaluated.send(Evaluation(name, Reason.ERROR.value, "ofrep"))
+        oms.evaluated.send(Evaluation(name, Reason.ERROR.value, "ofrep", "none"))
         return Response(compact(unserved_flag(oms.cache.peek(name))), content_type=_JSON)
     answers = _answers.get(oms)
     if answers is None:
         answers = _answers[oms] = {}
     answer = answers.get(tenant)
     if answer is None or answer.details is not details:
-        event = Evaluation(str(details.flag_metadata["tenant"]), str(details.reason), "ofrep")
+        event = Evaluation(str(details.flag_metadata["tenant"]), str(details.reason), "ofrep", str(details.variant))
         # The tenant was resolved, so it is configured; there are no more answers than tenants.
         answer = answers[tenant] = _Answer(details, compact(succeeded_flag(details)), event)
     oms.evaluated.send(answer.event)
@@ -115,7 +115,7 @@ def evaluate_all() -> Response:
         flag = failed_flag(ErrorCode.INVALID_CONTEXT, str(error), key=FLAG_KEY)
         return _bulk({"flags": [flag]}, etag=f'"{tag_of(flag)}"')
     now = configuration_of(oms.cache.lookup(name), oms.settings.when_expired)
-    oms.evaluated.send(Evaluation(name, now.reason.value, "ofrep"))
+    oms.evaluated.send(Evaluation(name, now.reason.value, "ofrep", str(now.flag.get("variant", "none"))))
     token = stream_token(g.identity)
     query = {"tenant": name, "since": now.tag} | ({} if token is None else {"token": token})
     address = f"{request.script_root}/ofrep/v1/events?{urlencode(query)}"

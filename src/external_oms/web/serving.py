@@ -35,9 +35,9 @@ from external_oms.errors import SettingsError
 from external_oms.settings import Settings
 from external_oms.tenants import is_loopback
 from external_oms.web.app import check_credentials, create_app
-from external_oms.web.state import EXTENSION, OMS
+from external_oms.web.state import instances
 
-__all__ = ["DEFAULT_BIND", "MEMBER_HEADER", "THREADS", "Serving", "Worker", "check", "is_private", "is_taken", "run"]
+__all__ = ["DEFAULT_BIND", "MEMBER_HEADER", "THREADS", "Serving", "Worker", "check", "is_private", "run"]
 
 DEFAULT_BIND = "127.0.0.1:8080"
 
@@ -106,21 +106,6 @@ def is_private(bind: str) -> bool:
     if parts.port is None or parts.path or parts.username is not None:
         raise ValueError("an address is host:port, [address]:port, unix:/path or fd://N")
     return is_loopback(parts.hostname)
-
-
-def is_taken(bind: str) -> bool:
-    """Return whether nobody can listen at `host:port`: another process does, or it is no address of this host."""
-    if bind.startswith("unix:") or "://" in bind:
-        return False
-    parts = urlsplit(f"//{bind}")
-    family = socket.AF_INET6 if ":" in (parts.hostname or "") else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((parts.hostname or "", parts.port or 0))
-        except OSError:
-            return True
-    return False
 
 
 def check(settings: Settings, serving: Serving) -> None:
@@ -434,8 +419,7 @@ class Worker(ThreadWorker):
         try:
             super().init_process()
         finally:
-            oms = self._oms()
-            if oms is not None:
+            for oms in tuple(instances):
                 oms.provider.shutdown()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -448,13 +432,8 @@ class Worker(ThreadWorker):
         self._end_streams()
         super().handle_quit(sig, frame)
 
-    def _end_streams(self) -> None:
-        oms = self._oms()
-        if oms is not None:
+    @staticmethod
+    def _end_streams() -> None:
+        for oms in tuple(instances):
             # On another thread: this one may have been interrupted while it held a lock that ending a stream takes.
             threading.Thread(target=oms.broker.close, daemon=True).start()
-
-    def _oms(self) -> OMS | None:
-        app = getattr(self, "wsgi", None)
-        oms = getattr(app, "extensions", {}).get(EXTENSION)
-        return oms if isinstance(oms, OMS) else None

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import weakref
 from collections.abc import Mapping
+from functools import cached_property
 from typing import NamedTuple, cast
+from urllib.parse import urlsplit
 
 from flask import current_app
 from werkzeug.local import LocalProxy
@@ -18,13 +21,13 @@ from external_oms.provider import ExternalOMSProvider
 from external_oms.settings import Settings
 from external_oms.signals import Signal
 from external_oms.stores.base import Store
-from external_oms.web.fleet import Fleet
+from external_oms.web.dashboard_context import DayLog, Fleet
 from external_oms.web.keys import APIKeys
 from external_oms.web.limits import Limits
 from external_oms.web.sse import Broker
 from external_oms.webhook import RefusalLog, Webhook
 
-__all__ = ["EXTENSION", "OMS", "Evaluation", "current_oms", "get_oms", "provider_of"]
+__all__ = ["EXTENSION", "OMS", "Evaluation", "current_oms", "get_oms", "instances", "provider_of"]
 
 EXTENSION = "external_oms"
 """The key in `app.extensions`."""
@@ -42,11 +45,13 @@ class Evaluation(NamedTuple):
         tenant: The tenant; empty where the caller named none that is configured.
         reason: The reason in OpenFeature's words: `CACHED`, `STATIC`, `STALE`, `DEFAULT`, `ERROR`.
         via: `sdk` by a client of OpenFeature in this process, `ofrep` over HTTP.
+        value: `on` or `off`; `none` where the caller's own default decides.
     """
 
     tenant: str
     reason: str
     via: str
+    value: str
 
 
 class OMS:
@@ -69,6 +74,7 @@ class OMS:
         broker: Feeds the event streams.
         webhook: Decides about deliveries.
         fleet: The processes that share the store, and the last reads of this one.
+        days: The history of the last day, by tenant.
         evaluated: Sent after every evaluation over OFREP.
         refused_keys: Logs API keys that are not known.
 
@@ -90,6 +96,7 @@ class OMS:
         self.broker = Broker(service.cache, max_streams=settings.max_streams)
         self.webhook = Webhook(provider, limits=self.limits)
         self.fleet = Fleet(self.cache, self.store, self.clock)
+        self.days = DayLog(self.operations.history)
         self.evaluated: Signal[Evaluation] = Signal()
         self.refused_keys = RefusalLog(
             logging.getLogger("external_oms.access"),
@@ -98,6 +105,12 @@ class OMS:
             at=service.cache.runner.at,
         )
         self._warned: set[str] = set()
+        instances.add(self)
+
+    @cached_property
+    def hosts(self) -> Mapping[str, str]:
+        """The host of the config API of each tenant."""
+        return {name: urlsplit(own.config_url(name)).netloc for name, own in self.settings.by_tenant().items()}
 
     def needs_shared_secret(self, environ: Mapping[str, object]) -> bool:
         """Return whether a login would hold at one process of several only, because each has made up a secret."""
@@ -109,6 +122,10 @@ class OMS:
         if message not in self._warned:
             self._warned.add(message)
             logger.warning(message, *values)
+
+
+instances: weakref.WeakSet[OMS] = weakref.WeakSet()
+"""Those of this process, which a server ends whatever the application is wrapped in."""
 
 
 def provider_of(settings: Settings, given: ExternalOMSProvider | None) -> ExternalOMSProvider:

@@ -1,277 +1,134 @@
-// The page, kept live: what the event stream says is shown at once; what it does not say is asked of the server again.
-// Without this script the page reads as well, and every form works.
+// Keeps the page up to date. The server renders every word: on an event, or when a countdown ends, the script fetches the
+// rendered parts again and swaps them in. It formats durations only, because ages tick. Without it the page reads as well.
 
 const body = document.body;
-const policy = body.dataset.policy;
-const windows = { revalidate: Number(body.dataset.revalidate), error: Number(body.dataset.error) };
-const SOURCES = { memory: "this process", store: "another process", api: "the API" };
-const PARTS_SOON = 250; // ms: several changes in a row are one question
-const PARTS_EVERY = 10_000; // ms: members report every ten seconds
-const AGAIN = 3_000; // ms: the least before a stream that was refused is asked for again
+const live = document.getElementById("live");
+const said = document.getElementById("said");
+const inRows = document.querySelector(".rows") !== null; // many tenants: only the rows that changed are fetched
+const MESSAGE = 10_000; // ms: how long a message of success stays
+const SOON = 150; // ms: several changes in a row are one fetch
+const POLL = { on: 10_000, off: 3_000, polling: 3_000 }; // ms between fetches without an event; processes report every 10 s
+const RETRY = 30_000; // ms until a refused event stream is tried again
 
-const states = new Map(); // tenant -> { state, at }
-const boxes = new Map([...document.querySelectorAll("[data-tenant]")].map((box) => [box.dataset.tenant, box]));
+// -- ticking --------------------------------------------------------------------------------------------------------
 
-// -- words, as the server puts them ---------------------------------------------------------------------------------
-
-const two = (number) => String(number).padStart(2, "0");
-
-function span(seconds) {
-  if (seconds === null) return "—";
+/** As `format_duration` of the server. */
+function duration(seconds) {
   const whole = Math.max(0, Math.trunc(seconds));
-  if (whole < 60) return `${whole} s`;
-  const minutes = Math.trunc(whole / 60);
-  if (minutes < 60) return `${minutes} min ${two(whole % 60)} s`;
-  const hours = Math.trunc(minutes / 60);
-  return hours < 24 ? `${hours} h ${two(minutes % 60)} min` : `${Math.trunc(hours / 24)} d ${hours % 24} h`;
-}
-
-/** A generation in Redis is a time in milliseconds, too long for its columns. */
-const generationOf = (number) => (number < 1e9 ? String(number) : `…${String(number % 1e6).padStart(6, "0")}`);
-
-const wordOf = (enabled) => (enabled === null ? "unknown" : enabled ? "ON" : "OFF");
-
-/** The state as it is `elapsed` seconds after it was told: time alone makes a value stale, whether a word came or not. */
-function aged(told, elapsed) {
-  const state = { ...told };
-  if (told.age_seconds !== null) {
-    state.age_seconds = told.age_seconds + elapsed;
-    state.fresh_seconds = told.fresh_seconds - elapsed;
-    if (told.freshness === "fresh" && state.fresh_seconds < 0) state.freshness = "stale";
-    const stale = -state.fresh_seconds;
-    if (state.freshness === "stale" && stale >= windows.revalidate && !(state.failures && stale < windows.error)) {
-      state.freshness = "expired";
-    }
-  }
-  if (told.retry_seconds !== null) state.retry_seconds = Math.max(0, told.retry_seconds - elapsed);
-  return state;
-}
-
-const isUnasked = (state) =>
-  Boolean(body.dataset.lazy) && !state.failures && state.freshness === "expired" && state.enabled !== null;
-
-function flagOf(state) {
-  if (state.freshness !== "expired" || policy === "last" || isUnasked(state)) {
-    return state.enabled === null ? "none" : state.enabled ? "on" : "off";
-  }
-  return policy === "default" ? "none" : policy;
-}
-
-function meaning(state, flag) {
-  const owner =
-    flag === "on" ? "The external OMS owns the orders"
-    : flag === "off" ? "The tenant's own order management owns the orders"
-    : "Each caller's own default decides";
-  if (state.freshness !== "expired") return `${owner}.`;
-  if (isUnasked(state)) {
-    return `${owner}, as far as is known. Nobody has asked for a while; the next evaluation reads it first.`;
-  }
-  const last = state.enabled === null ? "No value was ever read" : `The last known value was ${wordOf(state.enabled)}`;
-  return `${owner}, by when_expired = ${policy}. ${last}.`;
-}
-
-function freshness(state) {
-  const fresh = state.fresh_seconds;
-  if (fresh === null) return state.failures ? "No value: every read so far has failed" : "No value yet";
-  if (state.freshness === "fresh") return `Fresh for another ${span(fresh)}`;
-  if (state.freshness === "expired") return `Expired: not fresh for ${span(-fresh)}, too old to serve`;
-  if (!state.failures) return `Stale for ${span(-fresh)}; a read is due`;
-  const left = Math.max(windows.error, windows.revalidate) + fresh;
-  return `Stale for ${span(-fresh)}; served for another ${span(left)} while reads fail`;
-}
-
-function toneOf(state) {
-  if (state.freshness === "expired" && !isUnasked(state)) return "bad";
-  return state.failures || state.last_error ? "warn" : "good";
-}
-
-// -- showing --------------------------------------------------------------------------------------------------------
-
-function put(box, field, text) {
-  for (const place of box.querySelectorAll(`[data-field="${field}"]`)) {
-    if (place.textContent !== text) place.textContent = text;
-  }
-}
-
-function show(tenant) {
-  const box = boxes.get(tenant);
-  const known = states.get(tenant);
-  if (!box || !known || box.hidden) return;
-  const state = aged(known.state, (performance.now() - known.at) / 1000);
-  const flag = flagOf(state);
-  const tone = toneOf(state);
-  if (box.dataset.flag !== flag) turn(box, tenant, flag);
-  if (!box.classList.contains(tone)) {
-    box.classList.remove("good", "warn", "bad");
-    box.classList.add(tone);
-  }
-  put(box, "meaning", meaning(state, flag));
-  put(box, "freshness", freshness(state));
-  put(box, "age", span(state.age_seconds));
-  put(box, "generation", generationOf(state.generation));
-  for (const place of box.querySelectorAll('[data-field="generation"]')) place.title = String(state.generation);
-  put(box, "source", state.enabled === null ? "—" : SOURCES[state.source]);
-  const next = state.enabled === null ? "now" : "when the value ages";
-  put(box, "retry", state.retry_seconds ? `in ${span(state.retry_seconds)}` : next);
-  const life = box.querySelector('[data-field="life"]');
-  if (life) {
-    life.max = Math.max(0.001, (state.age_seconds ?? 0) + (state.fresh_seconds ?? 0) || 1);
-    life.value = Math.max(0, state.fresh_seconds ?? 0);
-  }
-  const error = box.querySelector('[data-field="error"]');
-  if (error) {
-    error.hidden = !state.last_error;
-    put(box, "last_error", state.last_error ?? "");
-    put(box, "failures", state.failures > 1 ? ` (${state.failures} in a row)` : "");
-  }
-}
-
-function turn(box, tenant, flag) {
-  box.dataset.flag = flag;
-  const word = flag === "none" ? "NO VALUE" : flag.toUpperCase();
-  put(box, "word", word);
-  box.classList.remove("changed");
-  void box.offsetWidth; // begins the animation anew
-  box.classList.add("changed");
-  say(`${tenant} is ${word} now`);
-}
-
-function say(text) {
-  const said = document.getElementById("said");
-  said.textContent = said.textContent && Date.now() - say.last < 2_000 ? `${said.textContent}. ${text}` : text;
-  say.last = Date.now();
+  const [minutes, hours, days] = [60, 3600, 86400].map((unit) => Math.trunc(whole / unit));
+  const two = (number) => String(number % 60).padStart(2, "0");
+  if (!minutes) return `${whole} s`;
+  if (!hours) return `${minutes} min ${two(whole)} s`;
+  return days ? `${days} d ${hours % 24} h` : `${hours} h ${two(minutes)} min`;
 }
 
 function tick() {
-  if (!document.hidden) for (const tenant of states.keys()) show(tenant);
+  if (document.hidden) return;
+  for (const place of document.querySelectorAll("[data-seconds]")) {
+    place.since ??= performance.now();
+    const seconds = Number(place.dataset.seconds) + (Number(place.dataset.step) * (performance.now() - place.since)) / 1000;
+    if (place.localName === "progress") place.value = Math.max(0, seconds);
+    else place.textContent = duration(seconds);
+    if (seconds <= 0 && Number(place.dataset.seconds) > 0 && !place.ended) {
+      place.ended = true; // a countdown: what is so now comes with the next parts
+      changed(place.closest("[data-tenant]")?.dataset.tenant);
+    }
+  }
 }
 
-// -- what the stream does not say: the server's own words for summary, members, deliveries and the timeline ---------
+// -- fetching the parts ---------------------------------------------------------------------------------------------
 
-let partsDue = null;
+const tenants = new Set(); // those whose rows are fetched next
+let timer = null;
+let due = Infinity;
+let state = "off";
 
-function askParts(delay) {
-  clearTimeout(partsDue);
-  partsDue = setTimeout(fetchParts, delay);
+function changed(tenant, delay = SOON) {
+  if (tenant) tenants.add(tenant);
+  fetchIn(delay);
+}
+
+function fetchIn(delay) {
+  if (state === "ended" || performance.now() + delay > due) return;
+  clearTimeout(timer);
+  due = performance.now() + delay;
+  timer = setTimeout(fetchParts, delay);
 }
 
 async function fetchParts() {
-  askParts(PARTS_EVERY * (0.9 + Math.random() / 5));
+  due = Infinity;
   if (document.hidden) return;
   const address = new URL(location.href);
   address.searchParams.set("parts", "1");
+  const named = [...tenants].slice(0, 100);
+  if (inRows) address.searchParams.set("tenants", named.join(","));
+  for (const tenant of named) tenants.delete(tenant);
   try {
-    const answer = await fetch(address, { redirect: "manual" });
-    if (answer.type === "opaqueredirect") return ended();
-    if (answer.ok) swapParts(new DOMParser().parseFromString(await answer.text(), "text/html"));
+    const response = await fetch(address, { redirect: "manual", signal: AbortSignal.timeout(8_000) });
+    if (response.type === "opaqueredirect") return show("ended");
+    if (!response.ok) throw new Error(response.status);
+    swap(new DOMParser().parseFromString(await response.text(), "text/html"));
+    show(stream?.readyState === EventSource.OPEN ? "on" : "polling");
   } catch {
-    // the stream says on top that the server is away
+    for (const tenant of named) tenants.add(tenant);
+    show("off");
   }
+  fetchIn(tenants.size ? SOON * 10 : POLL[state] * (0.9 + Math.random() / 5));
 }
 
-function swapParts(fresh) {
-  document.title = fresh.title;
-  for (const part of fresh.querySelectorAll("[data-part]")) {
+function swap(fetched) {
+  document.title = fetched.title;
+  document.getElementById("as-of").since = performance.now();
+  for (const part of fetched.querySelectorAll("[data-part]")) {
     const here = document.querySelector(`[data-part="${CSS.escape(part.dataset.part)}"]`);
-    if (here && !here.contains(document.activeElement) && here.outerHTML !== part.outerHTML) {
-      here.replaceWith(document.importNode(part, true));
+    if (!here || here.isEqualNode(part)) continue;
+    for (const open of here.querySelectorAll("details[open]")) part.querySelector(`#${CSS.escape(open.id)}`).open = true;
+    const focused = here.contains(document.activeElement) && document.activeElement.id;
+    if (here.dataset.flag !== part.dataset.flag) {
+      part.classList.add("changed");
+      said.textContent = part.dataset.says;
     }
+    here.replaceWith(document.adoptNode(part));
+    if (focused) document.getElementById(focused)?.focus({ preventScroll: true });
   }
-  for (const tenant of states.keys()) show(tenant);
 }
 
-// -- the stream -----------------------------------------------------------------------------------------------------
+// -- events ---------------------------------------------------------------------------------------------------------
 
 let stream = null;
-let waits = null;
 
-function live(kind, text) {
-  const place = document.getElementById("live");
-  place.hidden = false;
-  place.className = `live ${kind}`;
-  if (place.textContent !== text) place.textContent = text;
-}
-
-function ended() {
-  stream?.close();
-  stream = null;
-  clearTimeout(partsDue);
-  live("ended", "");
-  const link = document.createElement("a");
-  link.href = body.dataset.login;
-  link.textContent = "The login has ended: log in again";
-  document.getElementById("live").replaceChildren(link);
+function show(now) {
+  state = now;
+  live.hidden = false;
+  body.dataset.state = now;
+  if (now === "ended") {
+    stream?.close();
+    clearTimeout(timer);
+  }
 }
 
 function open() {
-  clearTimeout(waits);
-  if (stream || document.hidden) return;
+  if (state === "ended" || document.hidden || (stream && stream.readyState !== EventSource.CLOSED)) return;
   stream = new EventSource(body.dataset.events);
-  stream.addEventListener("open", () => {
-    live("on", "Live");
-    askParts(PARTS_SOON);
-  });
+  stream.addEventListener("open", () => fetchIn(0));
   stream.addEventListener("state", (event) => {
     const { change, state } = JSON.parse(event.data);
-    states.set(state.tenant, { state, at: performance.now() });
-    show(state.tenant);
-    if (change) askParts(PARTS_SOON + (change === "value" ? 0 : Math.random() * 750));
+    if (change) changed(state.tenant, change === "value" || !inRows ? SOON : SOON * 10);
   });
-  stream.addEventListener("error", () => {
-    live("waits", "Not live: connecting again");
-    if (stream?.readyState !== EventSource.CLOSED) return; // the browser tries again by itself
-    stream = null;
-    fetchParts(); // tells whether the login has ended
-    waits = setTimeout(open, AGAIN * (1 + Math.random()));
-  });
+  stream.addEventListener("error", () => fetchIn(SOON)); // tells whether the server, the session or only the stream ended
 }
 
 // A browser opens six connections to a host: a page that nobody sees must not hold one of them.
 document.addEventListener("visibilitychange", () => {
-  if (!document.hidden) return open();
-  stream?.close();
-  stream = null;
+  if (document.hidden) return stream?.close();
+  fetchIn(0);
+  open();
 });
 
-if (body.dataset.secondsLeft) {
-  const left = Number(body.dataset.secondsLeft) * 1000;
-  if (left < 2 ** 31) setTimeout(ended, left);
-}
-
-// -- the filter -----------------------------------------------------------------------------------------------------
-
-const filter = document.querySelector(".filter");
-
-function sift() {
-  const wanted = filter.q.value.trim().toLowerCase();
-  const kind = filter.show.value;
-  let matches = 0;
-  for (const [tenant, box] of boxes) {
-    const needy = !box.classList.contains("good") || "lagging" in box.dataset;
-    const fits = tenant.includes(wanted) && (!kind || (kind === "attention" ? needy : box.dataset.flag === kind));
-    box.hidden = !fits;
-    matches += fits;
-    if (fits) show(tenant);
-  }
-  document.getElementById("matches").textContent = `${matches.toLocaleString("en")} of ${boxes.size.toLocaleString("en")}`;
-}
-
-if (filter && boxes.size) {
-  document.getElementById("apply").hidden = true;
-  filter.addEventListener("submit", (event) => event.preventDefault());
-  filter.addEventListener("input", () => {
-    sift();
-    const address = new URL(location.href);
-    for (const field of [filter.q, filter.show]) {
-      if (field.value) address.searchParams.set(field.name, field.value);
-      else address.searchParams.delete(field.name);
-    }
-    history.replaceState(null, "", address);
-  });
-  sift();
-}
-
+if (body.dataset.ends) setTimeout(() => show("ended"), Math.min(Number(body.dataset.ends) * 1000, 2 ** 31 - 1));
+setTimeout(() => document.querySelectorAll(".note.good").forEach((note) => note.remove()), MESSAGE);
 document.getElementById("still").hidden = true;
 setInterval(tick, 1_000);
+setInterval(open, RETRY);
 open();
-askParts(PARTS_EVERY);
+fetchIn(POLL.polling);
