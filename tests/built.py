@@ -28,7 +28,14 @@ def check_sdist(path: Path) -> None:
     """Check that the sdist holds what is needed to build and to test."""
     with tarfile.open(path) as archive:
         inner = {name.partition("/")[2] for name in archive.getnames()}
-    for name in ("pyproject.toml", "LICENSE", "CHANGELOG.md", "Makefile", "src/external_oms/py.typed", "tests/conftest.py"):
+    for name in (
+        "pyproject.toml",
+        "LICENSE",
+        "CHANGELOG.md",
+        "Makefile",
+        "src/external_oms/py.typed",
+        "tests/conftest.py",
+    ):
         assert name in inner, name
     assert not [name for name in inner if "node_modules" in name or "__pycache__" in name]
 
