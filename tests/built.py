@@ -21,14 +21,21 @@ def check_wheel(path: Path) -> None:
     assert {top for top in tops if not top.endswith(".dist-info")} == {"external_oms"}, tops
     assert "external_oms/py.typed" in names
     assert any(name.startswith("external_oms/web/templates/") for name in names)
-    assert not [name for name in names if "test_" in name or name.endswith((".pyc", ".orig"))]
+    assert not [name for name in names if "/test_" in name or name.endswith((".pyc", ".orig"))]
 
 
 def check_sdist(path: Path) -> None:
     """Check that the sdist holds what is needed to build and to test."""
     with tarfile.open(path) as archive:
         inner = {name.partition("/")[2] for name in archive.getnames()}
-    for name in ("pyproject.toml", "LICENSE", "CHANGELOG.md", "Makefile", "src/external_oms/py.typed", "tests/conftest.py"):
+    for name in (
+        "pyproject.toml",
+        "LICENSE",
+        "CHANGELOG.md",
+        "Makefile",
+        "src/external_oms/py.typed",
+        "tests/conftest.py",
+    ):
         assert name in inner, name
     assert not [name for name in inner if "node_modules" in name or "__pycache__" in name]
 
