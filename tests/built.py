@@ -21,7 +21,7 @@ def check_wheel(path: Path) -> None:
     assert {top for top in tops if not top.endswith(".dist-info")} == {"external_oms"}, tops
     assert "external_oms/py.typed" in names
     assert any(name.startswith("external_oms/web/templates/") for name in names)
-    assert not [name for name in names if "test_" in name or name.endswith((".pyc", ".orig"))]
+    assert not [name for name in names if "/test_" in name or name.endswith((".pyc", ".orig"))]
 
 
 def check_sdist(path: Path) -> None:

@@ -13,7 +13,7 @@ import sys
 import time
 
 ONLY = {
-    "flask": {"flask", "flask_wtf", "limits"},
+    "flask": {"flask", "flask_wtf", "limits", "click"},  # Flask itself needs click
     "server": {"flask", "flask_wtf", "limits", "click", "gunicorn", "prometheus_client"},
     "redis": {"redis"},
     "all": {"flask", "flask_wtf", "limits", "click", "gunicorn", "prometheus_client", "redis"},
