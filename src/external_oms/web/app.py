@@ -19,7 +19,7 @@ from external_oms.provider import ExternalOMSProvider
 from external_oms.settings import Settings
 from external_oms.web import api, dashboard, health, login, ofrep, webhook
 from external_oms.web.access import require_loopback
-from external_oms.web.errors import Error, problem_response, to_problem
+from external_oms.web.errors import Error, problem_response, read_body, to_problem
 from external_oms.web.keys import APIKeys
 from external_oms.web.state import EXTENSION, OMS, get_oms, provider_of
 from external_oms.webhook import check_webhook_credentials
@@ -52,8 +52,20 @@ _PREFIX = re.compile(r"(/[A-Za-z0-9._~-]+){0,8}")
 _SECRET = secrets.token_urlsafe(32)
 """Signs sessions where `session_secret` is not set; workers that are forked after this import share it."""
 
+
+def read_form() -> None:
+    """Read the form of a request, under a limit; Flask then parses what was read.
+
+    Raises:
+        Problem: 413, or 400: the server could not read it.
+    """
+    if request.method == "POST":
+        read_body(FORM_BYTES)
+
+
 csrf = CSRFProtect()
 for _with_forms in (dashboard.bp, login.bp):
+    _with_forms.before_request(read_form)
     _with_forms.before_request(csrf.protect)
 
 
