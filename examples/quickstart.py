@@ -1,7 +1,7 @@
-"""The flag in an application without a web framework: evaluate, see why, hear of changes.
+"""The flag in a plain script: evaluate it, see where the value comes from, and hear of a change.
 
-Run it by `python examples/quickstart.py`. Here an emulator stands for the config API; in a service leave `settings`
-out, and the environment decides.
+Run it with `python examples/quickstart.py`. An emulator stands in for the config API; in a service, write
+`ExternalOMSProvider()` and set `EXTERNAL_OMS_…` in the environment.
 """
 
 from __future__ import annotations
@@ -14,31 +14,27 @@ from openfeature.event import EventDetails, ProviderEvent
 from external_oms import FLAG_KEY, ExternalOMSProvider
 from external_oms.testing import ConfigAPIEmulator
 
-
-def main() -> None:
-    """Read the flag, have it switched, read it again."""
-    switched = threading.Event()
-
-    def hear(details: EventDetails) -> None:
-        print("changed:", details.flags_changed)
-        switched.set()
-
-    with ConfigAPIEmulator(("acme-staging",)) as emulator:
-        provider = ExternalOMSProvider(settings=emulator.settings())
-        api.set_provider_and_wait(provider)
-        api.add_handler(ProviderEvent.PROVIDER_CONFIGURATION_CHANGED, hear)
-        client = api.get_client()
-
-        details = client.get_boolean_details(FLAG_KEY, default_value=False)
-        print("value:", details.value, "reason:", details.reason, dict(details.flag_metadata))
-
-        emulator.set_enabled("acme-staging", True)
-        provider.refresh()  # what a delivery to the webhook causes by itself
-        assert switched.wait(5), "nobody said that the flag has changed"
-        assert client.get_boolean_value(FLAG_KEY, default_value=False) is True
-        print("state:", provider.state())
-        api.shutdown()
+changed = threading.Event()
 
 
-if __name__ == "__main__":
-    main()
+def on_change(details: EventDetails) -> None:
+    """Handle PROVIDER_CONFIGURATION_CHANGED; the SDK calls it in a thread of its own."""
+    print("changed:", details.flags_changed)
+    changed.set()
+
+
+with ConfigAPIEmulator(["acme-staging"]) as emulator:
+    provider = ExternalOMSProvider(emulator.settings())
+    api.set_provider_and_wait(provider)
+    api.add_handler(ProviderEvent.PROVIDER_CONFIGURATION_CHANGED, on_change)
+    client = api.get_client()
+
+    details = client.get_boolean_details(FLAG_KEY, default_value=False)
+    print(f"{details.value} ({details.reason}), read at {details.flag_metadata['fetched_at']}")
+
+    emulator.set_enabled("acme-staging", True)
+    provider.refresh()  # a delivery to the webhook does the same, in every process that shares the store
+    assert changed.wait(10), "no event came"
+    assert client.get_boolean_value(FLAG_KEY, default_value=False) is True
+    print(provider.state())
+    api.shutdown()

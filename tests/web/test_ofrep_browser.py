@@ -15,7 +15,7 @@ from external_oms.emulator import ConfigAPIEmulator
 from tests.support.servers import Served, served
 from tests.support.web import KEYS, TENANT
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "ofrep_browser"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "browser_client"
 NODE = Path(__file__).parents[1] / "support" / "node"
 CORE = "/node_modules/@openfeature/ofrep-core/"
 

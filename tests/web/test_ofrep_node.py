@@ -140,7 +140,7 @@ def test_the_web_client_hears_of_a_flip_by_the_event_stream(
     record_property("milliseconds from the delivery's answer", [round(delay * 1000) for delay in delays])
 
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "ofrep_node_server"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "node_client"
 
 
 def test_the_example_server_decides_every_order_anew(node: Path, server: Served, tmp_path: Path) -> None:
@@ -156,7 +156,7 @@ def test_the_example_server_decides_every_order_anew(node: Path, server: Served,
                 assert json.loads(answer.read())["owner"] == owner
 
 
-@pytest.mark.parametrize("example", ["ofrep_node_server", "ofrep_browser"])
+@pytest.mark.parametrize("example", ["node_client", "browser_client"])
 def test_an_example_names_the_clients_that_are_tested(example: str) -> None:
     def named(path: Path) -> dict[str, str]:
         found: dict[str, str] = json.loads((path / "package.json").read_text(encoding="utf-8"))["dependencies"]

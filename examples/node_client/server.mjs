@@ -1,4 +1,4 @@
-// A shop's order service in Node: on every order it asks whose order it is.
+// An order service in Node that evaluates the flag over OFREP for every order.
 //
 //   npm install
 //   OFREP_ENDPOINT=http://127.0.0.1:8080 OFREP_KEY=oms_… npm start
@@ -20,7 +20,7 @@ const server = createServer(async (request, response) => {
     response.writeHead(404).end();
     return;
   }
-  // false is this shop's own default, for when nobody can tell: it keeps the order
+  // false is what this shop does where the server has no value or cannot be reached
   const decision = await flags.getBooleanDetails('external_oms_enabled', false, context);
   const owner = decision.value ? 'external' : 'ours';
   response.writeHead(201, { 'content-type': 'application/json' });
