@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml  # type: ignore[import-untyped]  # comes with schemathesis; its stubs would be one more distribution
+import yaml
 
 from external_oms.emulator import ConfigAPIEmulator
 from external_oms.web import create_app
