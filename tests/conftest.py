@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import signal
 import subprocess
 from collections import Counter
 from collections.abc import Generator, Iterator
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
 NODE = Path(__file__).parent / "support" / "node"
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell lets its background jobs ignore Ctrl-C, and the commands under test would inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile("any pace", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any pace")  # a property is no benchmark: other tests run beside it

@@ -18,9 +18,9 @@ from tests.support.redis import RedisServer
 from tests.support.waiting import wait_until
 
 LIMITS = {
-    "memory": (215, 18, 215, 18),
-    "sqlite": (390, 23, 355, 22),
-    "redis": (365, 24, 365, 24),
+    "memory": (215, 18, 205, 18),
+    "sqlite": (390, 23, 345, 22),
+    "redis": (365, 24, 355, 24),
 }
 """Calls and modules of a cold evaluation, which opens the store and reads, and of a delivery with its read."""
 

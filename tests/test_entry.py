@@ -586,6 +586,8 @@ def test_a_newer_fresh_snapshot_of_this_generation_makes_a_read_needless(
     stale_since = None if known is None or known.generation == generation else READ_AT
     entry = Entry(generation, READ_AT if generation else None, stale_since, 9, snapshot=known)
     change = begin(entry, now=NOW, newer_than=newer_than, forced=forced)
+    if forced:  # any later result will do, whatever has happened since
+        needless = known is not None and known.token > newer_than
     assert isinstance(change.result, Satisfied if needless else Granted)
     assert (change.entry is entry) is needless
 
@@ -597,7 +599,8 @@ def test_a_newer_fresh_snapshot_of_this_generation_makes_a_read_needless(
         (failure(token=3, retry_at=PAST), 0, 2, False, Satisfied),
         (failure(token=3, retry_at=PAST), 0, 2, True, Satisfied),
         (failure(token=3, retry_at=PAST), 0, 3, False, Granted),
-        (failure(token=3, retry_at=PAST), 1, 2, True, Granted),
+        (failure(token=3, retry_at=PAST), 1, 2, False, Granted),
+        (failure(token=3, retry_at=PAST), 1, 2, True, Satisfied),
         # our own back-off binds those who force nothing, the API's wait everybody, an invalidation ends only ours
         (failure(token=3, retry_at=FUTURE), 0, 3, False, BackedOff),
         (failure(token=3, retry_at=FUTURE), 0, 3, True, Granted),
@@ -737,6 +740,16 @@ def test_only_a_read_that_an_invalidation_causes_is_paced(entry: Entry, paced: b
     entry = replace(entry, paced_until=NOW + 10.0)
     assert isinstance(begin(entry, now=NOW).result, Paced) is paced
     assert isinstance(begin(entry, now=NOW, forced=True).result, Granted), "a forced read is not put off"
+
+
+@pytest.mark.parametrize("outcome", ["value", "failure"])
+def test_a_forced_read_takes_a_result_that_is_newer_than_its_call_though_an_invalidation_followed(outcome: str) -> None:
+    entry = Entry(2, token=3, stale_since=READ_AT, snapshot=snapshot(token=3, generation=1))
+    if outcome == "failure":
+        entry = Entry(2, token=3, failure=failure(token=3, generation=1, retry_at=PAST))
+    assert isinstance(begin(entry, now=NOW, newer_than=2, forced=True).result, Satisfied)
+    assert isinstance(begin(entry, now=NOW, newer_than=3, forced=True).result, Granted)
+    assert isinstance(begin(entry, now=NOW, newer_than=2).result, Granted), "others want a value of the last generation"
 
 
 def test_a_damaged_pace_holds_nobody_for_long() -> None:

@@ -454,13 +454,13 @@ def begin_read(
     """
     now, snapshot, failure = moment.now, entry.snapshot, entry.failure
     if failure is not None:
-        if failure.token > newer_than and failure.generation >= entry.generation:
+        if failure.token > newer_than and (forced or failure.generation >= entry.generation):
             return Change(entry, Satisfied(failure))
         asked = failure.server_retry_at if forced else retry_at(entry)
         if asked is not None and asked > now:
             return Change(entry, BackedOff(failure))
-    ends = stale_at(entry)
-    if snapshot is not None and ends is not None and snapshot.token > newer_than and is_current(entry) and now < ends:
+    # a forced read wants a result that is newer than the call, also where an invalidation has followed
+    if snapshot is not None and snapshot.token > newer_than and (forced or _is_fresh(entry, now)):
         return Change(entry, Satisfied())
     held = entry.lease
     if held is not None and held.holder not in {holder, dead_holder}:  # one process has one read per tenant at most
@@ -479,6 +479,11 @@ def begin_read(
     lease = Lease(token, holder, entry.generation, now + lease_seconds)
     leased = replace(entry, token=token, lease=lease, paced_until=paced_until)
     return Change(leased, Granted(lease, leased))
+
+
+def _is_fresh(entry: Entry, now: float) -> bool:
+    ends = stale_at(entry)
+    return ends is not None and is_current(entry) and now < ends
 
 
 def _is_caused_by_invalidation(entry: Entry) -> bool:

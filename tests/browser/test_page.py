@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Locator, Page, expect
+from playwright.sync_api import Browser, Locator, Page, expect
 
-from external_oms.emulator import Fault
+from external_oms.emulator import ConfigAPIEmulator, Fault
 from external_oms.testing import sign_delivery
+from external_oms.web.dashboard import PANELS
 from tests.support.browsing import PHONE, Visit, Visits
-from tests.support.servers import Served
+from tests.support.servers import Served, served
 from tests.support.waiting import PATIENCE_SECONDS
 from tests.support.web import HOOK, SECRET, TENANT
 
@@ -250,6 +252,23 @@ def test_where_the_event_stream_is_refused_the_page_polls(visit: Visits, server:
     flip(server, True, "poll_1")
     expect(word(one.page)).to_have_text("ON", timeout=PATIENCE_MS)
     one.complaints.clear()  # the browser tells of the 503
+
+
+def test_of_many_tenants_only_the_rows_that_changed_are_fetched(browser: Browser, tmp_path: Path, axe: str) -> None:
+    names = [TENANT, *(f"shop-{number}" for number in range(PANELS))]
+    with ConfigAPIEmulator(names) as api, served(api, tmp_path) as server, browser.new_context(bypass_csp=True) as own:
+        one = Visit(own.new_page(), server)
+        asked: list[str] = []
+        one.page.on("request", lambda request: asked.append(request.url) if "parts=" in request.url else None)
+        one.live("viewer")
+        expect(panel(one.page, "shop-3")).to_be_visible()
+        one.page.wait_for_function("document.querySelector('.row[data-flag=none]') === null")
+        asked.clear()
+        flip(server, True, "rows_1", "shop-3")
+        expect(word(one.page, "shop-3")).to_have_text("ON", timeout=SOON_MS)
+        expect(one.page.locator("#said")).to_contain_text("shop-3 is ON now")
+        assert any("tenants=shop-3" in url for url in asked)
+        assert serious(one, axe) == []
 
 
 def test_an_update_keeps_the_focus_and_what_is_open(visit: Visits, server: Served) -> None:

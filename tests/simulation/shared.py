@@ -168,11 +168,18 @@ class Handle:
         if server.busy and writes:
             raise StoreBusy("the simulated store is busy")
 
-    def _delta(self, sent: float) -> float:
-        """Return what is added to an instant of the server to get one of this host; errors make values older."""
+    def _delta(self, at: float, answered: float | None = None) -> float:
+        """Return what is added to an instant of the server to get one of this host.
+
+        Args:
+            at: When the process read its own clock: before it asked, so that a value that it loads is older rather
+                than younger, or when it had the answer, so that what it stores is.
+            answered: When the server read its clock; None for now.
+        """
         if self._server.kind == "file":
             return self._clock.offset - 5_000_000.0
-        return sent + self._clock.offset - self._server.time()
+        late = 0.0 if answered is None else self._server.world.now - answered
+        return at + self._clock.offset - (self._server.time() - late)
 
     @property
     def holder(self) -> str:
@@ -219,13 +226,14 @@ class Handle:
             self._command()
             row = server.row(tenant)
             version, ids = row.version, row.ids
-            stored = server.entry(tenant)
-            delta = self._delta(sent)
-            entry = shift(stored, delta)
+            stored, answered = server.entry(tenant), server.world.now
+            early = self._delta(sent)
+            floor = int(server.time() * 1000) if server.kind == "fleet" else 0
             if server.kind == "fleet":
                 server.world.sleep(LATENCY_SECONDS * server.world.choices.unit())  # the answer travels back
-                self._adopt(tenant, version, entry)
-            floor = int(server.time() * 1000) if server.kind == "fleet" else 0
+                self._adopt(tenant, version, shift(stored, early))
+            late = self._delta(server.world.now, answered)
+            entry = shift(stored, late)
             seen = frozenset(one for one in delivery_ids if one in ids)
             change = transition(entry, Moment(self._clock.monotonic(), floor, seen))
             if change.entry is entry and not change.claims:
@@ -236,14 +244,14 @@ class Handle:
                 if row.version != version:
                     continue
             row.version = max(row.version + 1, int(server.time() * 1e6) if server.kind == "fleet" else 0)
-            row.text = encode_entry(shift(change.entry, -delta))
+            row.text = encode_entry(shift(change.entry, -late))
             row.ids = ids | frozenset(change.claims)
             server.on_commit(tenant, stored, server.entry(tenant))
             if server.kind == "file":
                 server.world.pause()  # a process that is killed here has committed, and published nothing
                 server.word(tenant)[0] = max(server.word(tenant)[0] + 1, row.version)
             else:
-                self._adopt(tenant, row.version, change.entry)
+                self._adopt(tenant, row.version, shift(change.entry, early - late))
                 server.publish(tenant, self)
                 if not server.healing and server.world.choices.chance(4):
                     server.on_fault()
@@ -273,6 +281,7 @@ class Handle:
     def poll(self) -> Collection[str]:
         """Return what changed; a fleet's process pulls every tenant that it knows."""
         server = self._server
+        sent = server.world.now
         self._command(writes=False)
         changed = []
         if server.kind == "file":
@@ -283,7 +292,6 @@ class Handle:
                     server.word(tenant)[0] = max(server.word(tenant)[0], row.version)
                     changed.append(tenant)
             return changed
-        sent = server.world.now
         self._dirty.clear()
         pulled = [
             (tenant, server.row(tenant).version, shift(server.entry(tenant), self._delta(sent)))

@@ -19,7 +19,7 @@ from external_oms.provider import ExternalOMSProvider
 from external_oms.settings import Settings
 from external_oms.web import api, dashboard, health, login, ofrep, webhook
 from external_oms.web.access import require_loopback
-from external_oms.web.errors import Error, problem_response, to_problem
+from external_oms.web.errors import Error, problem_response, read_body, to_problem
 from external_oms.web.keys import APIKeys
 from external_oms.web.state import EXTENSION, OMS, get_oms, provider_of
 from external_oms.webhook import check_webhook_credentials
@@ -32,25 +32,41 @@ FORM_BYTES = 8192
 SECRET_LENGTH = 16
 """The least characters of `session_secret`."""
 
-_HEADERS = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
+_HEADERS = (("X-Content-Type-Options", "nosniff"), ("Cache-Control", "no-store"))
 _DATA = frozenset({"api", "ofrep", "health", "metrics", webhook.bp.name})
-_PAGE_HEADERS = _HEADERS | {
-    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
-    "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
-    "X-Frame-Options": "DENY",
-    "Referrer-Policy": "same-origin",  # under no-referrer, browsers send `Origin: null` with our own forms
-    "Cross-Origin-Opener-Policy": "same-origin",
-    "Permissions-Policy": "camera=(), geolocation=(), microphone=(), payment=(), usb=()",
-}
+_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; form-action 'self'; "
+    "base-uri 'none'; frame-ancestors 'none'"
+)
+_PAGE_HEADERS = (
+    *_HEADERS,
+    ("Content-Security-Policy", _POLICY),
+    ("X-Frame-Options", "DENY"),
+    ("Referrer-Policy", "same-origin"),  # under no-referrer, browsers send `Origin: null` with our own forms
+    ("Cross-Origin-Opener-Policy", "same-origin"),
+    ("Permissions-Policy", "camera=(), geolocation=(), microphone=(), payment=(), usb=()"),
+)
 
 _PREFIX = re.compile(r"(/[A-Za-z0-9._~-]+){0,8}")
 
 _SECRET = secrets.token_urlsafe(32)
 """Signs sessions where `session_secret` is not set; workers that are forked after this import share it."""
 
+
+def read_form() -> None:
+    """Read the form of a request, under a limit; Flask then parses what was read.
+
+    Raises:
+        Problem: 413, or 400: the server could not read it.
+    """
+    if request.method == "POST":
+        read_body(FORM_BYTES)
+
+
 csrf = CSRFProtect()
-for _without_forms in (webhook.bp, api.bp, ofrep.bp):
-    csrf.exempt(_without_forms)
+for _with_forms in (dashboard.bp, login.bp):
+    _with_forms.before_request(read_form)
+    _with_forms.before_request(csrf.protect)
 
 
 def create_app(settings: Settings | None = None, *, provider: ExternalOMSProvider | None = None) -> Flask:
@@ -114,6 +130,7 @@ def make_app(oms: OMS, *, with_webhook: bool) -> Flask:
         PERMANENT_SESSION_LIFETIME=timedelta(seconds=settings.session_seconds),
         MAX_CONTENT_LENGTH=FORM_BYTES,
         MAX_FORM_MEMORY_SIZE=FORM_BYTES,
+        WTF_CSRF_CHECK_DEFAULT=False,  # the blueprints with forms check; the others have credentials of their own
         WTF_CSRF_TIME_LIMIT=None,
         WTF_CSRF_SSL_STRICT=False,  # a proxy may change the Host header; the token is enough
     )
@@ -170,8 +187,8 @@ def check_prefix() -> None:
 
 def set_security_headers(response: Response) -> Response:
     """Add the security headers that the response does not have."""
-    headers = _HEADERS if request.blueprint in _DATA else _PAGE_HEADERS
-    for name, value in headers.items():
-        if name not in response.headers:
-            response.headers[name] = value
+    headers = response.headers
+    for name, value in _HEADERS if request.blueprint in _DATA else _PAGE_HEADERS:
+        if name not in headers:
+            headers.add(name, value)
     return response

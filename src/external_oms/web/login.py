@@ -6,8 +6,9 @@ import logging
 import secrets
 import time
 
-from flask import Blueprint, Flask, redirect, render_template, request, session, url_for
-from flask.sessions import SecureCookieSessionInterface
+from flask import Blueprint, Flask, Request, redirect, render_template, request, session, url_for
+from flask import Response as FlaskResponse
+from flask.sessions import SecureCookieSession, SecureCookieSessionInterface, SessionMixin
 from werkzeug.wrappers import Response
 
 from external_oms.problems import Problem
@@ -29,6 +30,17 @@ logger = logging.getLogger("external_oms.access")
 
 class SessionInterface(SecureCookieSessionInterface):
     """Flask's session in a cookie that is Secure unless this machine asks itself, and that stays below our prefix."""
+
+    def open_session(self, app: Flask, request: Request) -> SecureCookieSession | None:
+        """Return the session of the cookie; without one, none of the machinery that verifies it is made."""
+        if COOKIE not in request.environ.get("HTTP_COOKIE", ""):
+            return self.session_class()
+        return super().open_session(app, request)
+
+    def save_session(self, app: Flask, session: SessionMixin, response: FlaskResponse) -> None:
+        """Save the session if a view has used it; the API and OFREP do not, unless a browser calls them."""
+        if session.accessed or session.modified:
+            super().save_session(app, session, response)
 
     def get_cookie_secure(self, app: Flask) -> bool:  # noqa: ARG002 - the form of the base
         """Return whether the cookie is sent over TLS alone: always behind a proxy, since the way to it may be long."""

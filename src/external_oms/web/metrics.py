@@ -341,7 +341,7 @@ class Metrics(Collector):
 
     def _shared_of(self, tenant: str) -> Iterator[_Sample]:
         needle = json.dumps({"tenant": tenant})[1:-1]
-        for file in self._files():
+        for file in self._files("counter_*.db", "histogram_*.db"):
             for key, value, *_ in MmapedDict.read_all_values_from_file(file):  # type: ignore[no-untyped-call]  # the library has no types here
                 if needle in key:
                     _, name, labels, _ = json.loads(key)
@@ -351,12 +351,14 @@ class Metrics(Collector):
         if self._registry is not None:
             with _scraping:
                 return list(self._registry.collect())
-        merged: Iterable[Metric] = multiprocess.MultiProcessCollector.merge(self._files(), accumulate=True)  # type: ignore[no-untyped-call]  # the library has no types here
+        merged: Iterable[Metric] = multiprocess.MultiProcessCollector.merge(self._files("*.db"), accumulate=True)  # type: ignore[no-untyped-call]  # the library has no types here
         return merged
 
-    def _files(self) -> list[str]:
+    @staticmethod
+    def _files(*patterns: str) -> list[str]:
+        files = (file for pattern in patterns for file in Path(os.environ[DIRECTORY_VARIABLE]).glob(pattern))
         # A process makes its file before it fills it, and the library cannot read an empty one.
-        return [str(file) for file in Path(os.environ[DIRECTORY_VARIABLE]).glob("*.db") if file.stat().st_size]
+        return [str(file) for file in files if file.stat().st_size]
 
 
 def _without_created(metric: Metric) -> Metric:
