@@ -25,7 +25,7 @@ from tests.support.servers import environment
 
 DEPLOY = Path(__file__).parents[2] / "examples" / "deploy"
 ROOT = DEPLOY.parents[1]
-FILES = [path for path in sorted(DEPLOY.rglob("*")) if path.is_file() and path.name != "gunicorn.conf.py"]
+FILES = [path for path in sorted(DEPLOY.rglob("*")) if path.is_file() and path.suffix not in {".py", ".pyc"}]
 
 
 def read(name: str) -> str:
