@@ -20,6 +20,7 @@ from tests.support.web import SECRET, TENANT
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 CHILDREN = 2
+TTL = "600"  # so long that no lifetime ends in the test: only the delivery can bring the new value
 WORKER = ("-m", "celery", "--app", "celery_worker", "worker", "--pool", "prefork", "--concurrency", str(CHILDREN))
 
 
@@ -27,7 +28,10 @@ def test_every_child_routes_by_the_new_value_after_a_delivery(redis_server: Redi
     celery = pytest.importorskip("celery", reason="celery is not installed; it comes with the extra `test`")
     broker = redis_server.url.replace("/0", "/1")
     with ConfigAPIEmulator([TENANT]) as api:
-        environ = environment(api, store=redis_server.url) | {"CELERY_BROKER_URL": broker}
+        environ = environment(api, store=redis_server.url) | {
+            "CELERY_BROKER_URL": broker,
+            "EXTERNAL_OMS_TTL_SECONDS": TTL,
+        }
         command = [sys.executable, *WORKER, "--without-gossip", "--without-mingle", "--loglevel", "INFO"]
         with started(command, environ=environ, cwd=EXAMPLES) as process:
             read_until(process.stderr, " ready.")
@@ -56,7 +60,7 @@ def test_every_child_routes_by_the_new_value_after_a_delivery(redis_server: Redi
 
 def deliver(api: ConfigAPIEmulator, store: str) -> None:
     """Switch the flag, and take the delivery in this process, as a web application does that shares the store."""
-    provider = ExternalOMSProvider(api.settings(store=store, webhook_secrets=[SECRET]))
+    provider = ExternalOMSProvider(api.settings(store=store, webhook_secrets=[SECRET], ttl_seconds=float(TTL)))
     try:
         api.set_enabled(TENANT, True)
         body = json.dumps({"tenant": TENANT}).encode()
