@@ -14,23 +14,28 @@ from external_oms.provider import ExternalOMSProvider
 from external_oms.testing import sign_delivery
 from external_oms.webhook import Webhook
 from tests.support.redis import RedisServer
-from tests.support.servers import environment, read_until, started
+from tests.support.servers import environment, started
 from tests.support.waiting import wait_until
 from tests.support.web import SECRET, TENANT
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 CHILDREN = 2
+TTL = "600"  # so long that no lifetime ends in the test: only the delivery can bring the new value
 WORKER = ("-m", "celery", "--app", "celery_worker", "worker", "--pool", "prefork", "--concurrency", str(CHILDREN))
 
 
-def test_every_child_routes_by_the_new_value_after_a_delivery(redis_server: RedisServer) -> None:
+def test_every_child_routes_by_the_new_value_after_a_delivery(redis_server: RedisServer, tmp_path: Path) -> None:
     celery = pytest.importorskip("celery", reason="celery is not installed; it comes with the extra `test`")
     broker = redis_server.url.replace("/0", "/1")
     with ConfigAPIEmulator([TENANT]) as api:
-        environ = environment(api, store=redis_server.url) | {"CELERY_BROKER_URL": broker}
+        environ = environment(api, store=redis_server.url) | {
+            "CELERY_BROKER_URL": broker,
+            "EXTERNAL_OMS_TTL_SECONDS": TTL,
+        }
         command = [sys.executable, *WORKER, "--without-gossip", "--without-mingle", "--loglevel", "INFO"]
-        with started(command, environ=environ, cwd=EXAMPLES) as process:
-            read_until(process.stderr, " ready.")
+        log = tmp_path / "log"  # a file, since nobody would read a pipe while the worker logs its tasks
+        with log.open("w") as out, started(command, environ=environ, cwd=EXAMPLES, stdout=out, stderr=out):
+            wait_until(lambda: " ready." in log.read_text(encoding="utf-8"), message="the worker does not start")
             sender = celery.Celery(broker=broker, backend=broker)
 
             def owners() -> dict[int, set[str]]:
@@ -56,7 +61,7 @@ def test_every_child_routes_by_the_new_value_after_a_delivery(redis_server: Redi
 
 def deliver(api: ConfigAPIEmulator, store: str) -> None:
     """Switch the flag, and take the delivery in this process, as a web application does that shares the store."""
-    provider = ExternalOMSProvider(api.settings(store=store, webhook_secrets=[SECRET]))
+    provider = ExternalOMSProvider(api.settings(store=store, webhook_secrets=[SECRET], ttl_seconds=float(TTL)))
     try:
         api.set_enabled(TENANT, True)
         body = json.dumps({"tenant": TENANT}).encode()
