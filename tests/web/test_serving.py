@@ -68,6 +68,8 @@ HEAD = b"POST / HTTP/1.1\r\nHost: x\r\n"
         (HEAD + b"Transfer-Encoding: chunked\r\n\r\n", False),
         (HEAD + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n", True),
         (HEAD + b"Transfer-Encoding: chunked\r\n\r\n-1\r\n", True),
+        (HEAD + b"Transfer-Encoding: chunked\r\n\r\n3\r\nabcX", True),
+        (HEAD + b"Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r", False),
     ],
 )
 def test_a_request_is_complete_when_its_last_byte_is_there_however_it_is_cut(data: bytes, complete: bool) -> None:
@@ -187,7 +189,6 @@ MALFORMED_CHUNKS = (
     b"-1\r\n",
     b"3\r\nabc\r\n0\r\nAuthorization x\r\n\r\n",
     b"\r\n",
-    b"ffffffffffff\r\n",
 )
 
 
@@ -206,6 +207,11 @@ def test_malformed_chunks_are_a_bad_request_and_no_traceback(
     answer = talk(server, head.encode() + chunks)
     assert answer.split(b" ", 2)[1] in {b"400", b"408", b"413", b"415"}, answer[:300]
     assert "Traceback" not in server.log.read_text(encoding="utf-8")
+
+
+def test_a_chunk_without_an_end_is_waited_for_as_long_as_any_request(server: Served) -> None:
+    head = f"POST {HOOK} HTTP/1.1\r\nHost: 127.0.0.1\r\nTransfer-Encoding: chunked\r\n\r\n"
+    assert talk(server, head.encode() + b"ffffffffffff\r\n").startswith(b"HTTP/1.1 408 ")
 
 
 def test_the_text_of_a_malformed_request_is_in_no_log(server: Served) -> None:

@@ -270,9 +270,12 @@ class Arriving:
                 return True
             if size <= 0:
                 return size < 0 or self.data.find(b"\r\n\r\n", end) >= 0
-            if end + size + 4 > len(self.data):
+            following = end + size + 4
+            if not b"\r\n".startswith(self.data[following - 2 : following]):
+                return True
+            if following > len(self.data):
                 return False
-            at = self._chunk_at = end + size + 4
+            at = self._chunk_at = following
         return False
 
     def without_expectation(self) -> bytes:
