@@ -275,12 +275,16 @@ def test_origins_show_no_secret_and_where_each_value_comes_from(
         ofrep_origins=["https://a.example", "https://b.example"],
     )
     rows = {
-        name: (value, origin) for name, value, origin in describe_settings(settings, {f"{ENV_PREFIX}TENANT": "acme"})
+        name: (value, origin)
+        for name, value, origin in describe_settings(
+            settings.replaced(history_rows=7), settings.model_fields_set, {f"{ENV_PREFIX}TENANT": "acme"}
+        )
     }
     assert rows["tenant"] == ("acme", "environment")
     assert rows["timeout_seconds"] == ("2.5", "file")
     assert rows["store"] == ("redis://…@host/0", "file")
     assert rows["ttl_seconds"] == ("30", "default")
+    assert rows["history_rows"] == ("7", "default"), "neither the file nor the environment has it"
     assert rows["webhook_secrets"][0] == "2 entries"
     assert rows["webhook_api_keys"][0] == "1 entry"
     assert rows["ofrep_origins"][0] == "https://a.example, https://b.example"
@@ -300,7 +304,7 @@ def test_neither_the_settings_nor_a_finding_shows_the_password_of_redis(platform
     settings = static(platform, "opaque", store=store)
     found = findings(settings)["store"]
     assert found.verdict == "fail"
-    shown = [value for name, value, _ in describe_settings(settings, {}) if name == "store"]
+    shown = [value for name, value, _ in describe_settings(settings, (), {}) if name == "store"]
     assert shown == [store.replace("secret-1", "…")]
     assert "secret-1" not in repr(found)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from email.utils import parsedate_to_datetime
 from typing import Literal, NamedTuple
@@ -81,7 +81,7 @@ def doctor(ctx: click.Context, as_json: bool) -> None:
         report(Finding("settings", "fail", str(error)))
         code = ExitCode.REFUSED
     else:
-        rows = list(describe_settings(settings, os.environ))
+        rows = list(describe_settings(settings, Settings().model_fields_set, os.environ))
         if not as_json:
             print_table(("SETTING", "VALUE", "FROM"), rows)
             click.echo()
@@ -95,11 +95,19 @@ def doctor(ctx: click.Context, as_json: bool) -> None:
     ctx.exit(code)
 
 
-def describe_settings(settings: Settings, environ: Mapping[str, str]) -> Iterator[tuple[str, str, str]]:
-    """Yield the name of every setting, its value without secrets, and where it comes from."""
+def describe_settings(
+    settings: Settings, given: Collection[str], environ: Mapping[str, str]
+) -> Iterator[tuple[str, str, str]]:
+    """Yield the name of every setting, its value without secrets, and where it comes from.
+
+    Args:
+        settings: The settings.
+        given: The names of those that the file or the environment has; a command sets others, such as `store`.
+        environ: The environment.
+    """
     variables = {name.lower() for name in environ}
     for name in type(settings).model_fields:
-        origin = "file" if name in settings.model_fields_set else "default"
+        origin = "file" if name in given else "default"
         if f"{ENV_PREFIX}{name}".lower() in variables:
             origin = "environment"
         yield name, _describe(name, getattr(settings, name)), origin
