@@ -3,13 +3,16 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from time import monotonic
 
 import pytest
 from limits.errors import StorageError
+from limits.storage import MemoryStorage
 
 from external_oms.problems import Problem
 from external_oms.settings import Settings
@@ -49,6 +52,27 @@ def test_what_exceeds_the_number_is_refused_for_who_exceeds_it_alone() -> None:
     assert allowed(limits, 5) == 3
     assert allowed(limits, 2, who="bob") == 2
     limits.hit("refresh", "ann", per_minute=3)
+
+
+def test_one_thread_at_a_time_counts_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two threads that count at once may start one timer of the library twice, which is an error in both."""
+    inside, overlaps, incr = threading.Lock(), [], MemoryStorage.incr
+
+    def slow_incr(storage: MemoryStorage, key: str, expiry: float, amount: int = 1) -> int:
+        entered = inside.acquire(blocking=False)
+        overlaps.append(not entered)
+        try:
+            time.sleep(0.001)
+            return incr(storage, key, expiry, amount)
+        finally:
+            if entered:
+                inside.release()
+
+    monkeypatch.setattr(MemoryStorage, "incr", slow_incr)
+    limits = Limits(settings())
+    with ThreadPoolExecutor(8) as pool:
+        counted = list(pool.map(lambda _: allowed(limits, 5, per_minute=30), range(8)))
+    assert (sum(counted), any(overlaps)) == (30, False)
 
 
 def test_a_check_counts_nothing() -> None:

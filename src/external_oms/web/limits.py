@@ -88,16 +88,17 @@ class Limits:
     def revoke(self, session_id: str) -> None:
         """Remember that a session has ended, for as long as a copy of its cookie could be used."""
         expiry = int(self._session_seconds) + 60
-        shared, own = self._ready()
-        own.incr(_revoked(session_id), expiry)
-        if shared is not None:
+        self._use_own(lambda storage: storage.incr(_revoked(session_id), expiry))
+        if self._ready()[0] is not None:
             self._use(lambda storage: storage.incr(_revoked(session_id), expiry))
 
     def is_revoked(self, session_id: str) -> bool:
         """Return whether a session has ended, as far as this process or the shared counter knows."""
-        return self._ready()[1].get(_revoked(session_id)) > 0 or self._use(
-            lambda storage: storage.get(_revoked(session_id)) > 0
-        )
+
+        def has_it(storage: Storage) -> bool:
+            return storage.get(_revoked(session_id)) > 0
+
+        return self._use_own(has_it) or self._use(has_it)
 
     def _limit(self, what: str, who: str, per_minute: int, *, count: bool) -> None:
         item = RateLimitItemPerMinute(per_minute)
@@ -111,22 +112,27 @@ class Limits:
         self._use(refuse_over, is_frequent=what in _FREQUENT)
 
     def _use(self, work: Callable[[Storage], T], *, is_frequent: bool = False) -> T:
-        shared, own = self._ready()
+        shared, _ = self._ready()
         if is_frequent and isinstance(shared, FileStorage):
-            return work(own)
+            return self._use_own(work)
         if shared is None or (self._failed_at is not None and self._wall() < self._failed_at + RETRY_SECONDS):
-            return work(own)
+            return self._use_own(work)
         try:
             result = work(shared)
         except (StorageError, ValueError):  # ValueError: another program has put a text in the place of a count
             if self._failed_at is None:
                 logger.warning("rate limits are counted per process: the shared counter does not answer")
             self._failed_at = self._wall()
-            return work(own)
+            return self._use_own(work)
         if self._failed_at is not None:
             self._failed_at = None
             logger.warning("rate limits are counted together again")
         return result
+
+    def _use_own(self, work: Callable[[Storage], T]) -> T:
+        _, own = self._ready()
+        with self._lock:  # two threads of `MemoryStorage` may start one and the same timer, which is an error
+            return work(own)
 
     def _ready(self) -> tuple[Storage | None, Storage]:
         """Return the shared counter, if there is one, and our own; made on first use, after a fork."""
