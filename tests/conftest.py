@@ -94,6 +94,23 @@ def node() -> Path:
 # -- what was not run --------------------------------------------------------------------------------------------------
 
 
+LONG_MODULES = (
+    "browser/test_page.py",
+    "hosts/test_one_host.py",
+    "hosts/test_storms.py",
+    "hosts/test_idle_children.py",
+    "web/test_serving.py",
+    "web/test_ofrep_node.py",
+    "cli/test_serve.py",
+    "test_shared_stores.py",
+)
+"""Modules that wait for long; they begin first, so that no process is left with one of them at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: not str(item.path).endswith(LONG_MODULES))
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--no-skips", action="store_true", help="a test that is skipped fails")
     parser.addoption("--skips-to", metavar="FILE", help="append what was skipped, and why, to a file")

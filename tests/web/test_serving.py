@@ -68,7 +68,8 @@ HEAD = b"POST / HTTP/1.1\r\nHost: x\r\n"
         (HEAD + b"Transfer-Encoding: chunked\r\n\r\n", False),
         (HEAD + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n", True),
         (HEAD + b"Transfer-Encoding: chunked\r\n\r\n-1\r\n", True),
-        (HEAD + b"Transfer-Encoding: chunked\r\n\r\n3\r\nabcX", True),
+        (HEAD + b"Transfer-Encoding: chunked\r\n\r\n3\r\nabcXY", True),
+        (HEAD + b"Transfer-Encoding: chunked\r\n\r\n3\r\nabcX", False),
         (HEAD + b"Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r", False),
     ],
 )
@@ -185,7 +186,7 @@ def test_two_thousand_of_them_do_not_take_the_server_away(tmp_path: Path, kind: 
 
 MALFORMED_CHUNKS = (
     b"zz\r\n",
-    b"3\r\nabcX",
+    b"3\r\nabcXY",
     b"-1\r\n",
     b"3\r\nabc\r\n0\r\nAuthorization x\r\n\r\n",
     b"\r\n",

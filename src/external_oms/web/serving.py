@@ -271,10 +271,10 @@ class Arriving:
             if size <= 0:
                 return size < 0 or self.data.find(b"\r\n\r\n", end) >= 0
             following = end + size + 4
-            if not b"\r\n".startswith(self.data[following - 2 : following]):
-                return True
             if following > len(self.data):
                 return False
+            if self.data[following - 2 : following] != b"\r\n":
+                return True
             at = self._chunk_at = following
         return False
 
