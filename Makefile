@@ -9,8 +9,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP_INSTALL := $(PY) -m pip install --quiet
-# More processes than the two cores that are expected: the tests wait for half of their time.
-WORKERS ?= 4
+# Three processes for each of the two cores that are expected: the tests wait for more than half of their time.
+WORKERS ?= 6
 CANDIDATES := $(PYTHON) python3 python3.14 python3.13 python3.12 python3.11
 
 # Modules of rules, without I/O: every branch of theirs is run.
