@@ -16,7 +16,7 @@ PACKAGE = "external_oms"
 SOURCE = Path(__file__).parents[1] / "src" / PACKAGE
 
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "clock", "signals"),
+    ("errors", "clock", "signals", "forks"),
     ("records", "config", "store_url", "tenants", "signature", "transport"),
     ("settings_errors", "entry", "problems"),
     ("policy", "codec"),

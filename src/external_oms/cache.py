@@ -649,12 +649,12 @@ def _set(woken: asyncio.Future[None]) -> None:
 
 
 async def _wait_async(future: Future[None], seconds: float) -> bool:
-    """Wait for a future without blocking the event loop; a waiter that is cancelled cancels nobody else's flight."""
+    """Wait for a future without blocking the event loop; a cancelled waiter does not cancel the flight."""
     loop = asyncio.get_running_loop()
     woken: asyncio.Future[None] = loop.create_future()
 
     def wake(_: object) -> None:
-        with suppress(RuntimeError):  # the loop is closed, so nobody waits
+        with suppress(RuntimeError):  # the loop is closed, so there is no waiter
             loop.call_soon_threadsafe(_set, woken)
 
     future.add_done_callback(wake)

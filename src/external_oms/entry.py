@@ -318,7 +318,7 @@ class Invalidated:
 def invalidate(
     entry: Entry, moment: Moment, requests: Sequence[Invalidation], *, at_least: int = 0
 ) -> Change[tuple[Invalidated, ...]]:
-    """Raise the generation by a batch of requests, of which repeated deliveries count for nothing.
+    """Raise the generation by a batch of requests, of which repeated deliveries change nothing.
 
     Args:
         entry: The entry.
@@ -470,7 +470,9 @@ def begin_read(
     paced_until = entry.paced_until
     if _is_caused_by_invalidation(entry) and not forced:
         # GCRA: a read is allowed where the theoretical arrival time is at most the burst ahead
-        earliest = min(max(paced_until, now), now + PACE_BURST * PACE_SECONDS)  # a damaged value holds nobody for long
+        earliest = min(
+            max(paced_until, now), now + PACE_BURST * PACE_SECONDS
+        )  # a damaged value delays no read for long
         wait_seconds = earliest - now - (PACE_BURST - 1) * PACE_SECONDS
         if wait_seconds > 0:
             return Change(entry, Paced(wait_seconds))

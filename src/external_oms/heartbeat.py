@@ -24,7 +24,7 @@ MAX_INTERVAL_SECONDS = 10.0
 """How often a process reports although nothing changed, in seconds: three times within `SILENT_SECONDS`."""
 
 MIN_INTERVAL_SECONDS = 1.0
-"""The least time between two reports of a process, in seconds: many changes do not become as many writes."""
+"""The least time between two reports of a process, in seconds; it limits the writes that frequent changes cause."""
 
 LAG_SECONDS = 1.0 + MIN_INTERVAL_SECONDS
 """How long an older generation counts as current: a second to follow, and one for which the report may be held back."""

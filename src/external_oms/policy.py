@@ -230,7 +230,7 @@ def refresh_at(entry: Entry, *, now: float, random: float, spread_seconds: float
     ends = stale_at(entry)
     is_lost = not entry.verified and is_current(
         entry
-    )  # the store does not have the value, so nobody else reads it again
+    )  # the store does not have the value, so no other process refreshes it
     if ends is None or entry.snapshot is None or entry.failure is not None or ends <= now or is_lost:
         return max(now, retry_at(entry)) + herd_jitter_seconds(spread_seconds, random)
     lifetime_seconds = max(0.0, ends - entry.snapshot.read_at)

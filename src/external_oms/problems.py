@@ -101,7 +101,7 @@ def whole_seconds(seconds: float | None) -> str:
 
 
 def problem_of(error: ExternalOMSError | Problem) -> Problem:
-    """Return the problem for one of our errors."""
+    """Return the problem details for an error of this package."""
     if isinstance(error, Problem):
         return error
     status, kind = next((status, kind) for kept, status, kind in _KINDS if isinstance(error, kept))

@@ -114,7 +114,7 @@ class ExternalOMSProvider(AbstractProvider):
         return self._metadata
 
     def get_provider_hooks(self) -> list[Hook]:
-        """What stands in `hooks`."""
+        """Return the attribute `hooks`."""
         return self.hooks
 
     # -- resolving ------------------------------------------------------------------------------------------------
@@ -326,7 +326,7 @@ class ExternalOMSProvider(AbstractProvider):
         try:
             super().emit(event, details)
         except (AttributeError, RuntimeError):
-            # detached between the SDK's own check and call, or the interpreter is going down: nobody is left to hear
+            # detached between the SDK's own check and call, or the interpreter is going down: there is no listener
             logger.debug("event %s was not delivered", event.value)
 
     def _reconcile_later(self, tries: int) -> None:

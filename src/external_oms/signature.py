@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from external_oms.errors import SignatureError
 
-__all__ = ["Verified", "check_secret", "matching_bearer", "sign", "verify"]
+__all__ = ["Verified", "check_secret", "is_delivery_id", "matching_bearer", "sign", "verify"]
 
 _SECRET_PREFIX = "whsec_"  # noqa: S105 - the public prefix of every secret
 _SECRET_BYTES = range(24, 65)
@@ -28,6 +28,11 @@ _TIMESTAMP = re.compile(r"0|[1-9][0-9]{0,10}")
 
 _MAX_SIGNATURES_LENGTH = 4096
 """Characters of `webhook-signature`: a rotation sends two signatures of 47; this leaves room for eighty."""
+
+
+def is_delivery_id(text: str) -> bool:
+    """Return whether a text can be a delivery id: 1 to 256 printable ASCII characters without spaces."""
+    return _ID.fullmatch(text) is not None
 
 
 class Verified(NamedTuple):
@@ -64,7 +69,7 @@ def verify(
             not UTF-8, a secret is malformed, or no secret made any of the signatures. Nothing else is raised.
     """
     delivery_id = _header(headers, "webhook-id")
-    if not _ID.fullmatch(delivery_id):
+    if not is_delivery_id(delivery_id):
         raise SignatureError("webhook-id is not 1 to 256 printable ASCII characters without spaces")
     stamp = _header(headers, "webhook-timestamp")
     if not _TIMESTAMP.fullmatch(stamp):
@@ -99,7 +104,7 @@ def sign(body: bytes, *, secret: str, delivery_id: str, at_wall: float) -> dict[
     Raises:
         SignatureError: The secret, the id or the moment is malformed, or the body is not UTF-8.
     """
-    if not _ID.fullmatch(delivery_id):
+    if not is_delivery_id(delivery_id):
         raise SignatureError("the delivery id is not 1 to 256 printable ASCII characters without spaces")
     if not 0 <= at_wall < 10**11:  # also false for NaN
         raise SignatureError("the moment of sending is not between 1970 and 5138")

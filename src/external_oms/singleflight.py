@@ -1,4 +1,4 @@
-"""Single flight: at most one read of the config API per tenant, shared by everybody who needs it.
+"""Single flight: at most one read of the config API per tenant, shared by all callers that need it.
 
 A `Flight` is one read that several callers wait for. In this process a `Slot` holds the flight of a tenant that is
 under way and the one that follows; between processes the lease in the store admits one reader.
@@ -241,7 +241,7 @@ class Reader:
                 pause = self._attempt_once(slot, flight)
                 if pause is None or pause > 0:
                     return pause
-        except Exception as error:  # the flight must end, or everybody who waits for it waits for nothing
+        except Exception as error:  # the flight must end, or its waiters wait until their deadline
             logger.exception(_BUG)
             flight.end(_bug(error))
         return None

@@ -109,7 +109,7 @@ class Deadline:
                 timer.daemon = True
                 timer.start()
                 self._timer = timer
-        return self.remaining_seconds()  # nobody shuts a socket down that was listed after the end
+        return self.remaining_seconds()  # `abort` does not shut down a socket that was listed after it
 
     def abort(self, reason: str | None = None) -> None:
         """End it from any thread: a caller that waits on a socket wakes up.
@@ -308,7 +308,7 @@ def _urllib3_error(error: Exception) -> object:
 
 
 def _before_sending(error: Exception) -> bool:
-    """Return whether the application's session failed before the request can have been sent; if in doubt, it was."""
+    """Return whether an error of the application's session rules out that the request was sent; False in doubt."""
     invalid = requests.exceptions.InvalidHeader | requests.exceptions.InvalidSchema | requests.exceptions.InvalidURL
     return isinstance(error, requests.ConnectTimeout | invalid) or isinstance(_urllib3_error(error), NewConnectionError)
 

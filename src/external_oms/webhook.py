@@ -13,10 +13,7 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import re
 import threading
-import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -25,6 +22,7 @@ from typing import Protocol
 
 from external_oms import signature
 from external_oms.errors import ExternalOMSError, SettingsError, SignatureError
+from external_oms.forks import call_after_fork
 from external_oms.operations import DeliveryResult
 from external_oms.problems import JSON, PROBLEM_TYPE, Problem, check_json_type, json_object, problem_of
 from external_oms.provider import ExternalOMSProvider
@@ -42,8 +40,6 @@ ACTOR = "webhook"
 
 SUMMARY_SECONDS = 60.0
 """The least time between two log lines about refusals, in seconds."""
-
-_ID = re.compile(r"[!-~]{1,256}")
 
 logger = logging.getLogger("external_oms.webhook")
 
@@ -105,7 +101,7 @@ class RefusalLog:
         self._monotonic = monotonic
         self._at = at
         self.after_fork()
-        _alive.add(self)
+        call_after_fork(self)
 
     def after_fork(self) -> None:
         """Forget the counts of the parent in a forked child."""
@@ -144,18 +140,6 @@ class RefusalLog:
             "refused %s in the last minute: %d (%s); last: %s", self._what, counts.total(), kinds, self._reason
         )
         self._at(f"refused {self._what}", now + SUMMARY_SECONDS, self.flush)
-
-
-_alive: weakref.WeakSet[RefusalLog] = weakref.WeakSet()
-
-
-def _after_fork_in_child() -> None:
-    for refusals in tuple(_alive):
-        refusals.after_fork()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 def check_webhook_credentials(settings: Settings) -> None:
@@ -307,7 +291,7 @@ class Webhook:
 
 def _sane_id(headers: Mapping[str, str]) -> str | None:
     given = headers.get("webhook-id", "")
-    return given if _ID.fullmatch(given) else None
+    return given if signature.is_delivery_id(given) else None
 
 
 def _tenant_in(delivery: dict[str, JSON]) -> str | None:

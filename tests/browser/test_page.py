@@ -76,19 +76,23 @@ def test_the_summary_and_the_rows_never_contradict_each_other(visit: Visits, ser
     """Right after a flip the processes have not reported it yet; what the summary counts is what the rows show."""
     one = visit()
     one.live("viewer", f"/tenants/{TENANT}")
-    look = """() => {
-        const rows = [...document.querySelectorAll('.members tbody tr')].map(row => row.className);
-        return [document.querySelector('.summary').textContent, rows.join(' ')];
-    }"""
-    seen = set()
+    one.page.evaluate("""() => {
+        window.seen = [];
+        const look = () => {
+            const rows = [...document.querySelectorAll('.members tbody tr')].map(row => row.className);
+            window.seen.push([document.querySelector('.summary').textContent, rows.join(' ')]);
+        };
+        new MutationObserver(look).observe(document.body, {childList: true, subtree: true, characterData: true});
+        look();
+    }""")
     for number in range(6):
         flip(server, number % 2 == 0, f"agree_{number}")
-        for _ in range(8):
-            summary, rows = one.page.evaluate(look)
-            agree = "all 2 processes agree" in summary
-            assert agree == (rows == "current current"), (summary, rows)
-            seen.add(agree)
-            one.page.wait_for_timeout(100)
+        one.page.wait_for_function("() => window.seen.at(-1)[0].includes('all 2 processes agree')")
+    seen = set()
+    for summary, rows in one.page.evaluate("() => window.seen"):
+        agree = "all 2 processes agree" in summary
+        assert agree == (rows == "current current"), (summary, rows)
+        seen.add(agree)
     assert seen == {True, False}
 
 

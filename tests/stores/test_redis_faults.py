@@ -189,10 +189,10 @@ def test_a_deaf_subscription_is_replaced_though_nothing_changes(
 
 def test_a_subscription_that_went_deaf_alone_is_replaced(proxy: RedisProxy, member: MakeMember) -> None:
     store = member(proxy.url)
-    subscription = proxy._pairs[0]  # the connection that the thread makes first
-    connections = len(proxy._pairs)
-    subscription[2].set()
-    wait_until(lambda: len(proxy._pairs) > connections and subscription[0].fileno() < 0, seconds=PATIENCE_SECONDS)
+    subscriptions = len(proxy.subscriptions)
+    subscription, deaf = proxy.subscriptions[-1]
+    deaf.set()
+    wait_until(lambda: len(proxy.subscriptions) > subscriptions and subscription.fileno() < 0, seconds=PATIENCE_SECONDS)
     assert polls(store)
 
 

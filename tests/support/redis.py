@@ -136,6 +136,9 @@ class RedisProxy:
     Args:
         port: The server's port; can be set to another server's at any time.
         context: Speaks TLS with the clients, as a load balancer in front of Redis does, where one is given.
+
+    Attributes:
+        subscriptions: The clients' ends of the connections that subscribed, in order; setting the event makes one deaf.
     """
 
     def __init__(self, port: int, *, context: ssl.SSLContext | None = None) -> None:
@@ -143,6 +146,7 @@ class RedisProxy:
         self._context = context
         self.swallows = False
         self._pairs: list[tuple[socket.socket, socket.socket, threading.Event]] = []
+        self.subscriptions: list[tuple[socket.socket, threading.Event]] = []
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = int(self._listener.getsockname()[1])
         self.url = f"redis://127.0.0.1:{self.port}/0"
@@ -179,6 +183,8 @@ class RedisProxy:
                     received = ready.recv(65_536)
                     if not received:
                         return
+                    if ready is near and b"SUBSCRIBE" in received:
+                        self.subscriptions.append((near, deaf))
                     if not (self.swallows or deaf.is_set()):
                         other[ready].sendall(received)
 

@@ -100,7 +100,7 @@ def test_what_only_looks_like_a_key_is_none(server: Server, shown: str) -> None:
 
 
 def test_without_keys_the_server_does_not_start_and_names_the_setting(start: StartServer) -> None:
-    with pytest.raises(SettingsError, match=r"^api_keys: is not set, so nobody could use the API"):
+    with pytest.raises(SettingsError, match=r"^api_keys: is not set, so every request to the API"):
         start(api_keys=[])
 
 
@@ -112,7 +112,7 @@ def test_keys_that_nobody_has_are_counted_in_one_line_a_minute(
         server.get("/api/v1/tenants", "stranger")
     lines = [record.getMessage() for record in caplog.records if record.name == "external_oms.access"]
     assert lines == [
-        "refused API keys: unknown (nobody has this key; was it removed from api_keys?); more are counted for a minute"
+        "refused API keys: unknown (the key is in no entry of api_keys; was it removed?); more are counted for a minute"
     ]
     clock.advance(61)
     server.oms.refused_keys.flush()

@@ -3,10 +3,12 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import sqlite3
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from time import monotonic
 
@@ -240,6 +242,17 @@ def test_a_forked_child_counts_on_its_own_without_waiting_for_its_parents_locks(
         if child == 0:
             os._exit(0 if allowed(limits, 5) == 3 else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_a_session_is_looked_up_while_another_process_writes_the_file(tmp_path: Path) -> None:
+    limits = Limits(settings(f"sqlite:///{tmp_path}/state.db"))
+    assert not limits.is_revoked("before"), "there is no file yet"
+    limits.revoke("ended")
+    with closing(sqlite3.connect(tmp_path / "state.db-limits", isolation_level=None)) as writer:
+        writer.execute("BEGIN IMMEDIATE")
+        other = Limits(settings(f"sqlite:///{tmp_path}/state.db"))
+        assert [other.is_revoked("ended"), other.is_revoked("open")] == [True, False]
+        assert other._failed_at is None
 
 
 def test_a_file_of_counts_is_a_storage_as_the_library_knows_it(tmp_path: Path) -> None:

@@ -154,7 +154,7 @@ def test_a_login_begins_a_session_of_its_own(server: Server) -> None:
     assert server.client.post("/logout", data={"csrf_token": token}).status_code == 400, "nor does the form of before"
 
 
-def test_a_session_of_a_key_that_was_taken_away_is_worth_nothing(start: StartServer) -> None:
+def test_a_session_of_a_key_that_was_removed_is_refused(start: StartServer) -> None:
     before = start(session_secret=SIGNED)
     open_browser(before.client)
     value = carried(before.client)

@@ -52,7 +52,7 @@ class _Known:
         entries: The last entry that the shared store returned. Its generation and its token never fall.
         owed: The generation above which the store is to be raised; 0 where the store has lost data and nothing else
             is owed: then it is raised only if no other process has done that before. As long as a tenant is in here,
-            no entry of the store is believed.
+            every entry of the store counts as unverified.
     """
 
     def __init__(self) -> None:
@@ -86,7 +86,7 @@ class _Known:
                 del self.owed[tenant]
 
     def raise_to(self, tenant: str, generation: int) -> bool:
-        """Note a generation that the shared store has; return whether it is news."""
+        """Note a generation that the shared store has; return whether this process did not know it."""
         with self._lock:
             known = self.get(tenant)
             if generation > known.generation:
@@ -102,7 +102,7 @@ class _Known:
             seen: What was known before the entry was loaded: only a store that lost data returns less than that.
         """
         with self._lock:
-            known = self.entries.get(tenant, _EMPTY)
+            known = self.get(tenant)
             is_lost = _is_behind(entry, seen)
             is_news = is_lost and tenant not in self.owed
             if is_lost:
@@ -235,7 +235,7 @@ class Fallback:
         if local is not None:
             self._known.entries.setdefault(tenant, _EMPTY)
             return local.load(tenant)
-        seen = self._known.entries.get(tenant, _EMPTY)
+        seen = self._known.get(tenant)
         try:
             entry, is_lost = self._known.take(tenant, self._shared.load(tenant), seen)
         except StoreBusy:
@@ -298,7 +298,7 @@ class Fallback:
             at_least = self._known.get(tenant).generation + 1 if shared is None else shared
             change = invalidate(entry, moment, requests, at_least=at_least)
             if shared is None or change.entry.generation > shared:
-                # before anybody can load it: whichever store serves next, nothing older is believed
+                # before it can be loaded: then `load` verifies no older value, whichever store serves next
                 self._known.owe(tenant, change.entry.generation)
             return change
 
@@ -361,7 +361,7 @@ class Fallback:
         for tenant in self._known.entries.copy():
             try:
                 store.touch(tenant)
-            except Exception:  # noqa: BLE001 - nobody can read its version words either
+            except Exception:  # noqa: BLE001 - then its version words cannot be read either
                 return
 
     def poll(self) -> Collection[str]:
@@ -426,7 +426,7 @@ class Fallback:
             self._shared.transact(tenant, _rewrite)
 
     def _recover(self, local: MemoryStore) -> None:
-        """Return to the shared store. Until what is owed is repaid, `load` verifies nothing of those tenants."""
+        """Use the shared store again. Until `_repay`, `load` verifies no entry whose invalidation is owed."""
         with self._lock:
             self._local, problem, self._problem = None, self._problem, ""
         for store in (local, self._shared):
@@ -495,8 +495,8 @@ class Fallback:
 
     def members(self, tenant: str | None = None) -> Sequence[Member]:
         """Return the heartbeats of all processes; while the shared store fails, those of this process."""
-        nobody: Sequence[Member] = ()
-        return self._unless_busy(lambda store: store.members(tenant), nobody)
+        none: Sequence[Member] = ()
+        return self._unless_busy(lambda store: store.members(tenant), none)
 
     def _unless_busy(self, use: Callable[[Store], T], otherwise: T) -> T:
         try:

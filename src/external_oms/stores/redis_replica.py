@@ -90,7 +90,7 @@ class Replica:
             self.tenant(name)
 
     def after_fork(self) -> None:
-        """Make a new lock in a forked child and take nothing for verified."""
+        """Make a new lock in a forked child, and mark every entry as unverified until the first pull."""
         self._lock = threading.Lock()
         self._changed = set()
         for tenant in self._tenants.values():

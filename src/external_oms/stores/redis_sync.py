@@ -100,7 +100,7 @@ class Sync:
         self.problem = ""
 
     def call_wake(self) -> None:
-        """Call `wake`, whichever it is at this moment."""
+        """Call the present `wake`, which may be set after this object is made."""
         self.wake()
 
     def start(self) -> None:
@@ -172,7 +172,7 @@ class Sync:
                 subscription.close()
 
     def _take_messages(self, subscription: PubSub, timeout_seconds: float) -> set[str]:
-        """Wait for a message and take all that are there; return their types, and `message` only where one is news."""
+        """Wait for a message and take all that are there; return their types, `message` only for an entry to pull."""
         types: set[str] = set()
         for _ in range(DRAIN):
             message = subscription.get_message(timeout=timeout_seconds)

@@ -166,7 +166,7 @@ class FairLock:
 
 
 class _Channel(FairLock):
-    """One connection to the file, and the lock under which it is used.
+    """A connection to the file, with the lock that its users hold.
 
     Args:
         wait_seconds: How long SQLite itself waits for locks.

@@ -102,7 +102,7 @@ def _identify(oms: OMS) -> Identity | None:
     if key is not None:
         identity = oms.api_keys.identity(key)
         if identity is None:
-            oms.refused_keys.count("unknown", "nobody has this key; was it removed from api_keys?")
+            oms.refused_keys.count("unknown", "the key is in no entry of api_keys; was it removed?")
         return identity
     return _of_token(oms) or _of_session(oms)
 

@@ -31,6 +31,7 @@ from external_oms.web.state import current_oms, get_oms
 __all__ = [
     "CSV_TYPE",
     "HISTORY_LIMIT",
+    "MAX_DIGITS",
     "REASON_LENGTH",
     "HistoryFilter",
     "bp",
@@ -55,7 +56,8 @@ REASON_LENGTH = 500
 _PAGE = 100
 _ACTOR_LENGTH = 128
 _BODY_BYTES = 8192
-_DIGITS = 18  # any number of so many digits fits a store's 64-bit integer
+MAX_DIGITS = 18
+"""Any number of so many digits fits a store's 64-bit integer."""
 _CONVERTER = re.compile(r"<(?:[^:<>]+:)?([^<>]+)>")
 
 bp = Blueprint("api", __name__)
@@ -99,7 +101,7 @@ def refresh(tenant: str) -> Response:
 def history() -> Response:
     """Return a page of history, newest first."""
     limit = _number("limit", least=1, most=HISTORY_LIMIT) or _PAGE
-    before = _number("before", least=1, most=10**_DIGITS)
+    before = _number("before", least=1, most=10**MAX_DIGITS)
     form = request.args.get("format", "json")
     if form not in {"json", "csv"}:
         raise Problem(400, "`format` must be json or csv")
@@ -307,7 +309,7 @@ def _number(name: str, *, least: int, most: int) -> int | None:
     given = request.args.get(name)
     if given is None:
         return None
-    if not (given.isascii() and given.isdigit() and len(given) <= _DIGITS and least <= int(given) <= most):
+    if not (given.isascii() and given.isdigit() and len(given) <= MAX_DIGITS and least <= int(given) <= most):
         raise Problem(400, f"`{name}` must be a whole number from {least} to {most}")
     return int(given)
 

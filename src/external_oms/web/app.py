@@ -102,7 +102,7 @@ def check_credentials(settings: Settings) -> None:
     if not len(APIKeys(settings.api_keys)) and not settings.insecure:
         raise SettingsError(
             "api_keys",
-            "is not set, so nobody could use the API, OFREP or the dashboard; make an entry with "
+            "is not set, so every request to the API, OFREP and the dashboard would be refused; make an entry with "
             "`external-oms keys new` (`insecure` does without, on loopback only)",
         )
     if settings.insecure and settings.proxies:

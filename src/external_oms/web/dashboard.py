@@ -31,6 +31,7 @@ from external_oms.web import dashboard_context as context
 from external_oms.web.access import current_identity, require_role, session_seconds_left
 from external_oms.web.api import (
     CSV_TYPE,
+    MAX_DIGITS,
     REASON_LENGTH,
     csv_header,
     event_csv,
@@ -56,7 +57,6 @@ EXPORT_ROWS = 100_000
 
 _VALUES = {"on": "ON", "off": "OFF", "none": "no value"}
 _SHOWN_LATENCIES = (0.05, 0.1, 0.25, 0.5, 1.0, 5.0)
-_FIRST_ROW = 10**18
 
 Message = tuple[Literal["good", "warn", "bad"], str]
 
@@ -277,7 +277,7 @@ class Activity:
 
 def _activity(tenant: str | None) -> Activity:
     given = request.args.get("before", "")
-    known = given.isascii() and given.isdigit() and 0 < len(given) < len(str(_FIRST_ROW))
+    known = given.isascii() and given.isdigit() and len(given) <= MAX_DIGITS
     before = int(given) if known else None
     cause = next((cause for cause in Cause if cause.value == request.args.get("cause")), None)
     actor = request.args.get("actor", "").strip()[:64]

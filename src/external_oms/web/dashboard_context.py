@@ -184,7 +184,9 @@ class TenantView:
             last = "No value was ever read" if enabled is None else f"The last known value was {value_word(enabled)}"
             return f"{owner}, by when_expired = {self.settings.when_expired}. {last}."
         if self.state.freshness is Freshness.EXPIRED:
-            return f"{owner}, as far as is known. Nobody has asked for a while; the next evaluation reads it first."
+            return (
+                f"{owner}, as far as is known. No evaluation has come for a while; the next evaluation reads it first."
+            )
         return f"{owner}."
 
     @property
@@ -248,7 +250,7 @@ class TenantView:
 
 
 def is_unasked(state: State, *, lazy: bool) -> bool:
-    """Return whether a value is expired only because nobody asks: the next evaluation reads it first."""
+    """Return whether a value is expired only because no evaluation asked for it: the next one reads it first."""
     return lazy and not state.failures and state.freshness is Freshness.EXPIRED and state.enabled is not None
 
 

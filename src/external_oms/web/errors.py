@@ -45,7 +45,7 @@ def read_body(max_bytes: int) -> bytes:
 
 
 def to_problem(error: Error) -> Problem:
-    """Return the problem for an error."""
+    """Return the problem details for an error of Flask or of this package; a crash is 500 without its text."""
     if not isinstance(error, HTTPException):
         return problem_of(error)
     response = error.get_response()
@@ -57,5 +57,5 @@ def to_problem(error: Error) -> Problem:
 
 
 def problem_response(problem: Problem) -> Response:
-    """Return the response for a problem."""
+    """Return a problem as a response of `application/problem+json`."""
     return Response(json.dumps(problem.document), problem.status, problem.headers, content_type=PROBLEM_TYPE)

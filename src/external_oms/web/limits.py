@@ -12,9 +12,8 @@ import os
 import sqlite3
 import threading
 import time
-import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -23,6 +22,7 @@ from limits.errors import ConfigurationError, StorageError
 from limits.storage import MemoryStorage, Storage, storage_from_string
 from limits.strategies import FixedWindowRateLimiter
 
+from external_oms.forks import call_after_fork
 from external_oms.problems import Problem, whole_seconds
 from external_oms.settings import Settings
 
@@ -56,7 +56,7 @@ class Limits:
         self._session_seconds = settings.session_seconds
         self._wall = wall
         self.after_fork()
-        _alive.add(self)
+        call_after_fork(self)
 
     def after_fork(self) -> None:
         """Count anew in a forked child, with no lock, thread or connection of the parent."""
@@ -199,19 +199,24 @@ class FileStorage(Storage):
                 "INSERT INTO counts VALUES (?, ?, ?) ON CONFLICT (key) DO UPDATE SET count = count + excluded.count",
                 (key, amount, self._wall() + expiry),
             )
-            return _number(connection, "SELECT count FROM counts WHERE key = ?", key)
+            return int(connection.execute("SELECT count FROM counts WHERE key = ?", (key,)).fetchone()[0])
 
     def get(self, key: str) -> int:
         """Return a counter, 0 where there is none."""
-        with self._opened() as connection:
-            return _number(connection, "SELECT count FROM counts WHERE key = ?", key)
+        return self._read("count", key)
 
     def get_expiry(self, key: str) -> float:
         """Return when the window of a counter ends."""
-        with self._opened() as connection:
-            return (
-                _number(connection, "SELECT CAST(ends + 1 AS INTEGER) FROM counts WHERE key = ?", key) or self._wall()
-            )
+        return self._read("CAST(ends + 1 AS INTEGER)", key) or self._wall()
+
+    def _read(self, column: str, key: str) -> int:
+        """Return a number of a counter, 0 where there is none; takes no lock for writing, since pages read often."""
+        if not self._path.exists() or self._path.stat().st_size == 0:  # nothing was counted yet
+            return 0
+        with closing(sqlite3.connect(self._path, timeout=REDIS_SECONDS)) as connection:
+            query = f"SELECT {column} FROM counts WHERE key = ? AND ends > ?"  # noqa: S608 - columns of this module
+            row = connection.execute(query, (key, self._wall())).fetchone()
+        return 0 if row is None else int(row[0])
 
     def check(self) -> bool:
         """Return whether the file can be used."""
@@ -229,22 +234,5 @@ class FileStorage(Storage):
             connection.execute("DELETE FROM counts WHERE key = ?", (key,))
 
 
-def _number(connection: sqlite3.Connection, query: str, key: str) -> int:
-    row = connection.execute(query, (key,)).fetchone()
-    return int(row[0]) if row is not None else 0
-
-
 def _revoked(session_id: str) -> str:
     return f"session-ended:{session_id}"
-
-
-_alive: weakref.WeakSet[Limits] = weakref.WeakSet()
-
-
-def _after_fork_in_child() -> None:
-    for limits in tuple(_alive):
-        limits.after_fork()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -71,7 +71,7 @@ def enter() -> Response | tuple[str, int] | tuple[str, int, dict[str, str]]:
     if identity is None:
         logger.warning("failed login from %s", address or "a Unix socket")
         return _page("Invalid API key"), 403
-    session.clear()  # a cookie that somebody else planted is worth nothing after the login
+    session.clear()  # against session fixation: nothing of a cookie that was there before is kept
     session.update(key=identity.fingerprint, id=secrets.token_urlsafe(16), at=time.time())
     session.permanent = True
     logger.info("%s (%s) logged in from %s", identity.name, identity.role.word, address or "a Unix socket")

@@ -43,13 +43,10 @@ from external_oms.records import Member
 from external_oms.singleflight import ReadEnd
 from external_oms.web.access import authorize
 from external_oms.web.keys import Role
-from external_oms.web.state import OMS, Evaluation, current_oms
+from external_oms.web.state import DIRECTORY_VARIABLE, OMS, Evaluation, current_oms
 from external_oms.wiring import TokenRenewed
 
 __all__ = ["DIRECTORY_VARIABLE", "Metrics", "MetricsHook", "are_shared", "bp", "exposition", "init_app"]
-
-DIRECTORY_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
-"""prometheus-client's own variable: the directory where the processes of one server count together."""
 
 EXTENSION = "external_oms_metrics"
 
@@ -83,7 +80,7 @@ def metrics() -> Response:
             "name an empty directory before the server starts",
             DIRECTORY_VARIABLE,
         )
-    current_oms.cache.start()  # a process that gets no other request must not tell of the past
+    current_oms.cache.start()  # a process that gets no other request must not report old states
     body, content_type = exposition(current_app.extensions[EXTENSION], request.headers.get("Accept", ""))
     return Response(body, content_type=content_type)
 

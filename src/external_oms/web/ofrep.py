@@ -11,9 +11,7 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from http import HTTPStatus
-from typing import NamedTuple
 from urllib.parse import urlencode
-from weakref import WeakKeyDictionary
 
 from flask import Blueprint, Response, g, request
 from openfeature.evaluation_context import EvaluationContext
@@ -25,7 +23,7 @@ from openfeature.exception import (
     OpenFeatureError,
     ProviderNotReadyError,
 )
-from openfeature.flag_evaluation import FlagResolutionDetails, Reason
+from openfeature.flag_evaluation import Reason
 from werkzeug.exceptions import HTTPException, NotFound
 
 from external_oms.cache import ChangeKind
@@ -46,7 +44,7 @@ from external_oms.web.ofrep_schemas import (
     unserved_flag,
 )
 from external_oms.web.sse import Message, stream_response
-from external_oms.web.state import OMS, Evaluation, get_oms
+from external_oms.web.state import Answer, Evaluation, get_oms
 
 __all__ = ["PREFIX", "bp", "check_origins", "error_response"]
 
@@ -67,18 +65,6 @@ _ALLOWED_HEADERS = "Authorization, Cache-Control, Content-Type, If-None-Match, L
 bp = Blueprint("ofrep", __name__)
 
 
-class _Answer(NamedTuple):
-    """The answer for some details, and its event for the metrics."""
-
-    details: FlagResolutionDetails[bool]
-    body: bytes
-    event: Evaluation
-
-
-_answers: WeakKeyDictionary[OMS, dict[object, _Answer]] = WeakKeyDictionary()
-"""Per application and tenant, the answer for the details that the provider gave last."""
-
-
 @bp.post("/ofrep/v1/evaluate/flags/<path:key>")
 @require_role(Role.VIEWER)
 def evaluate(key: str) -> Response:
@@ -92,14 +78,11 @@ def evaluate(key: str) -> Response:
         name = oms.cache.tenant_of(tenant)
         oms.evaluated.send(Evaluation(name, Reason.ERROR.value, "ofrep", "none"))
         return Response(compact(unserved_flag(oms.cache.peek(name))), content_type=_JSON)
-    answers = _answers.get(oms)
-    if answers is None:
-        answers = _answers[oms] = {}
-    answer = answers.get(tenant)
+    answer = oms.answers.get(tenant)
     if answer is None or answer.details is not details:
         event = Evaluation(str(details.flag_metadata["tenant"]), str(details.reason), "ofrep", str(details.variant))
         # The tenant was resolved, so it is configured; there are no more answers than tenants.
-        answer = answers[tenant] = _Answer(details, compact(succeeded_flag(details)), event)
+        answer = oms.answers[tenant] = Answer(details, compact(succeeded_flag(details)), event)
     oms.evaluated.send(answer.event)
     return Response(answer.body, content_type=_JSON)
 

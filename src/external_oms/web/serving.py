@@ -32,10 +32,11 @@ from gunicorn.http.unreader import SocketUnreader
 from gunicorn.workers.gthread import TConn, ThreadWorker
 
 from external_oms.errors import SettingsError
+from external_oms.heartbeat import member_name
 from external_oms.settings import Settings
 from external_oms.tenants import is_loopback
 from external_oms.web.app import check_credentials, create_app
-from external_oms.web.state import instances
+from external_oms.web.state import DIRECTORY_VARIABLE, instances
 
 __all__ = ["DEFAULT_BIND", "MEMBER_HEADER", "THREADS", "Serving", "Worker", "check", "is_private", "run"]
 
@@ -67,7 +68,6 @@ GRACE_SECONDS = 10
 MEMBER_HEADER = "External-OMS-Member"
 """Names the process that answered, as `host:pid`, with `Serving.named`."""
 
-_METRICS_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 _SPARE_FILES = 200
 _TOO_LATE = b"HTTP/1.1 408 Request Timeout\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -143,7 +143,7 @@ def _shared_metrics() -> Iterator[None]:
     """Have prometheus-client, which no code has imported yet, count in a directory that all workers share."""
     owner = os.getpid()
     directory = tempfile.mkdtemp(prefix="external-oms-metrics-")
-    os.environ[_METRICS_VARIABLE] = directory
+    os.environ[DIRECTORY_VARIABLE] = directory
     try:
         yield
     finally:
@@ -209,7 +209,7 @@ def _forget(_arbiter: object, worker: ThreadWorker) -> None:
 
 
 def _name_member(response: Response) -> Response:
-    response.headers[MEMBER_HEADER] = f"{socket.gethostname()}:{os.getpid()}"
+    response.headers[MEMBER_HEADER] = member_name()
     return response
 
 
@@ -418,7 +418,7 @@ class Worker(ThreadWorker):
     # -- life and end --------------------------------------------------------------------------------------------------
 
     def init_process(self) -> None:
-        """Serve until told to stop, then let go of the store."""
+        """Serve until told to stop, then shut the providers down."""
         try:
             super().init_process()
         finally:

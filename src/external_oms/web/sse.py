@@ -8,15 +8,14 @@ Format: WHATWG HTML, "Server-sent events".
 
 from __future__ import annotations
 
-import os
 import threading
-import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from flask import Response, request
 
 from external_oms.cache import Cache, Change, ChangeKind
+from external_oms.forks import call_after_fork
 from external_oms.problems import Problem
 
 __all__ = ["HEARTBEAT_SECONDS", "Broker", "Message", "Subscription", "stream_response"]
@@ -107,7 +106,7 @@ class Broker:
         self._lock = threading.Lock()
         self._subscriptions: frozenset[Subscription] = frozenset()
         self._unsubscribe = cache.changes.subscribe(self._publish)
-        _alive.add(self)
+        call_after_fork(self)
 
     def __len__(self) -> int:
         """Return how many streams are open."""
@@ -156,18 +155,6 @@ class Broker:
         """Leave the streams of the parent to the parent, in a forked child."""
         self._lock = threading.Lock()
         self._subscriptions = frozenset()
-
-
-_alive: weakref.WeakSet[Broker] = weakref.WeakSet()
-
-
-def _after_fork_in_child() -> None:
-    for broker in tuple(_alive):
-        broker.after_fork()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 def stream_response(

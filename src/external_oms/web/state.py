@@ -11,6 +11,7 @@ from typing import NamedTuple, cast
 from urllib.parse import urlsplit
 
 from flask import current_app
+from openfeature.flag_evaluation import FlagResolutionDetails
 from werkzeug.local import LocalProxy
 
 from external_oms.cache import Cache
@@ -27,10 +28,24 @@ from external_oms.web.limits import Limits
 from external_oms.web.sse import Broker
 from external_oms.webhook import RefusalLog, Webhook
 
-__all__ = ["EXTENSION", "OMS", "Evaluation", "current_oms", "get_oms", "instances", "provider_of"]
+__all__ = [
+    "DIRECTORY_VARIABLE",
+    "EXTENSION",
+    "OMS",
+    "Answer",
+    "Evaluation",
+    "current_oms",
+    "get_oms",
+    "instances",
+    "provider_of",
+]
 
 EXTENSION = "external_oms"
 """The key in `app.extensions`."""
+
+DIRECTORY_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
+"""prometheus-client's own variable: the directory where the processes of one server count together. It is read when the
+library is imported, so it has its name here and not in `metrics`, which imports the library."""
 
 _IMPORTED_BY = os.getpid()
 """The process that imported this module; a worker that was forked later shares what it made up."""
@@ -54,6 +69,20 @@ class Evaluation(NamedTuple):
     value: str
 
 
+class Answer(NamedTuple):
+    """The answer of OFREP for some details.
+
+    Attributes:
+        details: What the provider gave.
+        body: The body.
+        event: The event for the metrics.
+    """
+
+    details: FlagResolutionDetails[bool]
+    body: bytes
+    event: Evaluation
+
+
 class OMS:
     """What the views of one application work with.
 
@@ -75,6 +104,7 @@ class OMS:
         webhook: Decides about deliveries.
         fleet: The processes that share the store, and the last reads of this one.
         days: The history of the last day, by tenant.
+        answers: The last answer of OFREP, by the tenant that the request named.
         evaluated: Sent after every evaluation over OFREP.
         refused_keys: Logs API keys that are not known.
 
@@ -97,6 +127,7 @@ class OMS:
         self.webhook = Webhook(provider, limits=self.limits)
         self.fleet = Fleet(self.cache, self.store, self.clock)
         self.days = DayLog(self.operations.history)
+        self.answers: dict[object, Answer] = {}
         self.evaluated: Signal[Evaluation] = Signal()
         self.refused_keys = RefusalLog(
             logging.getLogger("external_oms.access"),
